@@ -1,0 +1,86 @@
+"""What README.md and CONTRIBUTING.md show is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vistok import catalogue
+from vistok.catalogue import Card, Registry, readme
+
+ROOT = Path(__file__).parents[2]
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
+def test_table_of_systems_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert readme.renewed(text, catalogue.systems()) == text, "run: python -m vistok.catalogue.readme"
+
+
+def test_table_is_renewed_between_the_markers(tmp_path, capsys):
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter")
+    assert readme.main(["--check"], file) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert "old" in file.read_text()
+    assert readme.main([], file) == 0
+    assert file.read_text().startswith(f"before\n{readme.BEGIN}\n")
+    assert file.read_text().endswith(f"{readme.END}\nafter")
+    assert "old" not in file.read_text()
+    assert readme.main(["--check"], file) == 0
+
+
+def test_row_of_the_table():
+    card = Card(
+        title="A | B", kind="control", site="here", paper="P", repository="o/n", slug="a-b", family="reduce", claim="C"
+    )
+    assert readme.table([card]).splitlines() == [
+        "**reduce** (1)",
+        "",
+        "| system | what | where it acts | source |",
+        "|---|---|---|---|",
+        "| [`a-b`](vistok/reduce/a_b.py) | A \\| B | here | P, [o/n](https://github.com/o/n) |",
+    ]
+
+
+def test_markers_must_be_there():
+    with pytest.raises(ValueError, match="must hold the lines"):
+        readme.renewed("nothing", [])
+
+
+def test_example_of_contributing_is_a_system(tmp_path, monkeypatch):
+    """The file that CONTRIBUTING.md shows is found, built and right, as it stands there."""
+    from vistok.host.reducer import Evidence
+
+    (text,) = python_blocks("CONTRIBUTING.md")
+    (tmp_path / "shown" / "reduce").mkdir(parents=True)
+    (tmp_path / "shown" / "reduce" / "example_norm.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry(tmp_path / "shown", "shown")
+    assert registry.names() == ["example-norm"]
+    assert registry.card("example-norm").hyper == {"p": 2.0}
+    assert registry.hyper_of("example-norm")[0].description == "Order of the norm."
+
+    features = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [4.5, 0.0]]])
+    reduction = registry.create("example-norm").reduce(Evidence(features=features), keep=2)
+    assert reduction.keep.tolist() == [[1, 3]]
+    assert reduction.source.tolist() == [[-1, 0, -1, 1]]
+
+    class Trial:
+        def evidence_recall(self, method, keep, tasks=()):
+            return 0.5 * method.p * keep * 2
+
+    outcome = registry.claim_of("example-norm")(Trial())
+    assert (outcome.baseline, outcome.value, outcome.holds) == (0.25, 0.5, True)
+
+
+def test_example_of_the_readme_is_ten_lines_of_python():
+    (text,) = python_blocks("README.md")
+    compile(text, "README.md", "exec")
+    assert len(text.strip().splitlines()) <= 11

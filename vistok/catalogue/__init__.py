@@ -1,0 +1,35 @@
+"""What systems there are, and how to get one. Reads cards from source text: importing this imports no torch."""
+
+from vistok.catalogue.card import Card, Claim, Outcome, Trial
+from vistok.catalogue.registry import (
+    FAMILIES,
+    Registry,
+    UnknownSystem,
+    card,
+    claim_of,
+    create,
+    hyper_of,
+    module_of,
+    names,
+    systems,
+)
+from vistok.catalogue.source import CardError, Hyper
+
+__all__ = [
+    "FAMILIES",
+    "Card",
+    "CardError",
+    "Claim",
+    "Hyper",
+    "Outcome",
+    "Registry",
+    "Trial",
+    "UnknownSystem",
+    "card",
+    "claim_of",
+    "create",
+    "hyper_of",
+    "module_of",
+    "names",
+    "systems",
+]

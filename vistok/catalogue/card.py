@@ -1,0 +1,77 @@
+"""A system's card: what the catalogue says of it. Pure data; this module imports neither torch nor a system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Kind = Literal["training-free", "trained", "control", "measurement"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a system is, where it acts and where it comes from.
+
+    A system's module states its card once, as ``CARD = Card(...)`` with literal arguments, so that the catalogue can
+    read it from the source text without importing the module (and torch with it). ``slug``, ``family`` and ``hyper``
+    are filled in by the registry: the first two from the file's place, ``hyper`` from the fields of the system's class.
+    """
+
+    title: str
+    kind: Kind
+    site: str
+    """Where it acts, e.g. "projector output, before the language model"."""
+    paper: str
+    """Citation, or "" for a control."""
+    repository: str = ""
+    """The authors' repository as owner/name, or "" where none was released."""
+    needs: tuple[str, ...] = ()
+    """What it asks of the host, in words: "class-token attention", "question embeddings", ..."""
+    score: str = ""
+    allocate: str = ""
+    select: str = ""
+    merge: str = ""
+    """The recipe's choice for each slot (see vistok.reduce); "" where the slot is not used."""
+    claim: str = ""
+    """The one sentence of the paper that ``vistok try`` measures on this machine."""
+    departures: tuple[str, ...] = ()
+    """Where the default rightly departs from the released code; ``parity="authors"`` gives the released behaviour."""
+    slug: str = ""
+    family: str = ""
+    hyper: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What measuring a claim gave: one figure with the system, one without it, and whether the claim held."""
+
+    metric: str
+    baseline: float
+    value: float
+    holds: bool
+    note: str = ""
+
+
+class Trial(Protocol):
+    """What a claim is measured with; ``vistok.bench`` implements it on the embedded model and the world.
+
+    ``method`` is an instance of a reducer, or None for the model as it is. ``keep`` counts as in ``vistok.apply``.
+    The same pictures and questions are used by every call of one trial.
+    """
+
+    def accuracy(self, method: Any, keep: float | int = 1.0, tasks: tuple[str, ...] = ()) -> float:
+        """Share of the world's questions answered right, in [0, 1]; ``tasks`` are question families, () is all."""
+        ...
+
+    def evidence_recall(self, method: Any, keep: float | int, tasks: tuple[str, ...] = ()) -> float:
+        """Mean share of the answer's pixels that lie under a token that was kept, in [0, 1]."""
+        ...
+
+    def ttft_ms(self, method: Any, keep: float | int = 1.0) -> float:
+        """Median milliseconds to the first token, picture encoding included, interleaved with the dense model."""
+        ...
+
+
+Claim = Callable[[Trial], Outcome]
+"""A system's module defines ``def claim(trial: Trial) -> Outcome``."""
