@@ -1,0 +1,76 @@
+"""Small models that this project trained: their recipes, and their weights as ordinary Hugging Face folders.
+
+``load("vistok-tiny")`` and ``load("llava-hf/llava-1.5-7b-hf")`` go the same way: ``AutoModelForImageTextToText``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+MODELS = Path(__file__).parent / "models"
+DEFAULT = "vistok-tiny"
+
+
+class ModelNotFound(LookupError):
+    """A name that is neither a shipped model, nor a folder with a model, nor a reachable model of the hub."""
+
+
+def shipped() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(folder.parent.name for folder in MODELS.glob("*/config.json"))
+
+
+def locate(name: str | Path) -> str:
+    """What ``from_pretrained`` takes for ``name``: a shipped model's folder, a folder as given, or a hub name.
+
+    Raises ModelNotFound if ``name`` is a folder without a configuration or without safetensors weights, or if it can
+    be neither a folder nor a hub name.
+    """
+    if str(name) in shipped():
+        return str(MODELS / str(name))
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(f"model: {name} is not a model folder, it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise ModelNotFound(f"model: {name} has no weights (*.safetensors)")
+        return str(path)
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return str(name)
+    raise ModelNotFound(
+        f"model: {name} is neither a folder, a hub name (owner/name), nor one of {', '.join(shipped())}"
+    )
+
+
+def load(name: str | Path = DEFAULT, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """The model ``name`` in evaluation mode. ``dtype``: "auto" as saved, but float32 on a CPU; or a torch dtype's name.
+
+    Only safetensors weights are read and no code of the model's folder is run. Raises ModelNotFound.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = "float32" if dtype == "auto" and place == "cpu" else dtype
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(locate(name), dtype=wanted, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model: {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(place).eval()
+
+
+def load_processor(name: str | Path = DEFAULT) -> ProcessorMixin:
+    """The processor (tokenizer, picture preprocessing, chat template) of the model ``name``. Raises ModelNotFound."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model: {name} has no usable processor: {str(error).splitlines()[0]}") from error
+
+
+__all__ = ["DEFAULT", "MODELS", "ModelNotFound", "load", "load_processor", "locate", "shipped"]

@@ -1,0 +1,321 @@
+"""Training of the small models: patch labels first, then packed questions. Resumable to the step, same bytes again.
+
+Why two stages: language loss alone teaches a small vision tower next to nothing for a long time; a few minutes of
+dense patch labels give it shapes, colours and characters, and the questions then train several times faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vistok.world import CHARACTER_LABELS, COLOUR_LABELS, SHAPE_LABELS, derive_seed, make
+
+from .packing import IGNORE, Batch, pack, packed_mask
+
+LARGEST_BATCH = 1024
+LABEL_SIZES = {"shape": len(SHAPE_LABELS), "colour": len(COLOUR_LABELS), "character": len(CHARACTER_LABELS)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with its own cosine schedule."""
+
+    name: str
+    steps: int
+    batch_size: int
+    peak_lr: float
+    language: bool
+    """False: patch labels only, the language model is not run. True: packed questions, patch labels at a low weight."""
+    tasks: tuple[tuple[str, float], ...]
+    """(task of the world, share of the pictures)"""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the language model sees before the questions, and what the label heads read."""
+
+    embeds: Tensor
+    """(B, P, D)"""
+    positions: Tensor
+    """(B, P) or, for multimodal rotary positions, (3, B, P)"""
+    patches: Tensor
+    """(B, N, Dv) vision features a patch of the label grid, as they feed the projector"""
+    summary: Tensor
+    """(B, Dv) the vision tower's picture-level state (class token, or mean of the patches)"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that it takes to train one model again."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    image_size: int
+    grid: int
+    label_width: int
+    """Width of ``Prefix.patches`` and ``Prefix.summary``."""
+    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    prefix: Callable[[PreTrainedModel, Tensor, int], Prefix]
+    """(model, pixels (B, H, W, 3) uint8, id of the first token) -> Prefix"""
+    teach: Callable[[Tensor], Tensor] | None = None
+    """pixels -> (B, N, label_width) features of a trained model that ``Prefix.patches`` is drawn to."""
+    questions: int = 10
+    max_objects: int = 5
+    label_weight: float = 0.3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[Stage, int]:
+        """The stage that a step belongs to, and the step within it."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        raise ValueError(f"step: got {step}, past the end of the recipe")
+
+
+class WorldBatches(Dataset[Batch]):
+    """Batch number ``step`` of a recipe: a pure function of (seed, step), so that a resumed run sees the same data."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+
+    def __getitem__(self, step: int) -> Batch:
+        stage, _ = self.recipe.stage_at(step)
+        names, shares = zip(*stage.tasks, strict=True)
+        rng = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        chosen = torch.multinomial(torch.tensor(shares), stage.batch_size, replacement=True, generator=rng)
+        pictures = [
+            make(
+                names[task],
+                derive_seed(self.recipe.seed, step * LARGEST_BATCH + row, "train"),
+                self.recipe.image_size,
+                self.recipe.questions,
+                self.recipe.max_objects,
+            )
+            for row, task in enumerate(chosen.tolist())
+        ]
+        return pack(pictures, self.tokenizer, self.recipe.grid)
+
+
+class LabelHeads(nn.Module):
+    """Linear read-outs used in training only: the label of every patch, and what is in the picture at all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch = nn.ModuleDict({name: nn.Linear(width, size) for name, size in LABEL_SIZES.items()})
+        self.pairs = nn.Linear(width, LABEL_SIZES["shape"] * LABEL_SIZES["colour"])
+        self.characters = nn.Linear(width, LABEL_SIZES["character"])
+
+    def forward(self, prefix: Prefix, labels: dict[str, Tensor]) -> Tensor:
+        # Most patches are background: it counts a tenth.
+        loss = prefix.patches.new_zeros((), dtype=torch.float32)
+        for name, head in self.patch.items():
+            weight = torch.ones(LABEL_SIZES[name], device=prefix.patches.device)
+            weight[0] = 0.1
+            logits = head(prefix.patches).float().flatten(0, 1)
+            loss = loss + nn.functional.cross_entropy(logits, labels[name].flatten(), weight)
+        pair = labels["shape"] * LABEL_SIZES["colour"] + labels["colour"]
+        for head, present in ((self.pairs, pair), (self.characters, labels["character"])):
+            logits = head(prefix.summary).float()
+            target = torch.zeros_like(logits).scatter_(1, present, 1.0)
+            loss = loss + 5 * nn.functional.binary_cross_entropy_with_logits(logits, target)
+        return loss
+
+
+def language_loss(model: PreTrainedModel, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy of the answers' tokens, share of them that are right)."""
+    text = model.get_input_embeddings()(batch.text)
+    start = prefix.positions.amax(dim=-1, keepdim=True) + 1
+    if prefix.positions.ndim == 3:
+        start = start.amax(dim=0, keepdim=True)
+    positions = torch.cat([prefix.positions, (batch.position + start).expand(*prefix.positions.shape[:-1], -1)], dim=-1)
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([prefix.embeds.to(text.dtype), text], dim=1),
+        attention_mask=packed_mask(prefix.embeds.shape[1], batch.segment),
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state[:, prefix.embeds.shape[1] :]
+    asked = batch.target != IGNORE
+    logits = model.lm_head(hidden[asked]).float()
+    target = batch.target[asked]
+    return nn.functional.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
+
+
+def relative_error(features: Tensor, target: Tensor) -> Tensor:
+    """Squared error over the target's variance: 0 is a copy, 1 is no better than its mean."""
+    target = target.float()
+    return (features.float() - target).square().mean() / target.var(dim=(0, 1)).mean()
+
+
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for the rest (embeddings, norms, heads, patch embedding)."""
+
+    def __init__(self, modules: nn.Module, weight_decay: float) -> None:
+        named = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
+        matrices = {n for n, p in named if (p.ndim == 2 and ".layers." in n) or (p.ndim == 2 and ".blocks." in n)}
+        self.parts = {
+            "muon": torch.optim.Muon(
+                [p for n, p in named if n in matrices], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            "adamw": torch.optim.AdamW(
+                [p for n, p in named if n not in matrices], weight_decay=0.0, betas=(0.9, 0.98), fused=True
+            ),
+        }
+
+    def step(self, lr: float) -> None:
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"optimizer.{name}.{index}.{key}": torch.as_tensor(value)
+            for name, part in self.parts.items()
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, part in self.parts.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{name}."):
+                    index, field = key.split(".")[2:]
+                    state.setdefault(int(index), {})[field] = value
+            part.load_state_dict({**part.state_dict(), "state": state})
+
+
+def learning_rate(stage: Stage, step: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to a fiftieth of the peak."""
+    if step < warmup:
+        return stage.peak_lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, stage.steps - warmup)
+    return stage.peak_lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int = 200,
+    stop_at: int | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """Train ``recipe`` and save an ordinary Hugging Face folder (bf16 safetensors, tokenizer, processor) to ``out``.
+
+    Goes on from ``out/checkpoint`` if there is one. ``stop_at``: end (with a checkpoint) before that step.
+    ``on_step`` gets {"step", "stage", "loss", "token_accuracy", "lr"} after each step. Returns the folder of the model.
+    """
+    torch.manual_seed(recipe.seed)
+    model, processor = recipe.build()
+    heads = LabelHeads(recipe.label_width)
+    both = nn.ModuleDict({"model": model, "heads": heads}).to(device).train()
+    optimizer = Optimizer(both, recipe.weight_decay)
+    checkpoint = out / "checkpoint" / "state.safetensors"
+    first = load_checkpoint(checkpoint, both, optimizer) if checkpoint.exists() else 0
+    last = min(recipe.steps, recipe.steps if stop_at is None else stop_at)
+    batches = WorldBatches(recipe, processor.tokenizer)
+    loader = DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=1, prefetch_factor=4)
+    cast = torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16)
+    with progress_bar(recipe, first) as advance:
+        for step, batch in zip(range(first, last), loader, strict=True):
+            stage, stage_step = recipe.stage_at(step)
+            batch = to_device(batch, device)
+            with cast:
+                prefix = recipe.prefix(model, batch.pixels, processor.tokenizer.bos_token_id)
+                loss = heads(prefix, batch.labels)
+                if recipe.teach is not None:
+                    loss = loss + 5 * relative_error(prefix.patches, recipe.teach(batch.pixels))
+                right = torch.zeros(())
+                if stage.language:
+                    words, right = language_loss(model, prefix, batch)
+                    loss = words + recipe.label_weight * loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+            lr = learning_rate(stage, stage_step, recipe.warmup)
+            optimizer.step(lr)
+            told = {
+                "step": step + 1,
+                "stage": stage.name,
+                "loss": loss.item(),
+                "token_accuracy": right.item(),
+                "lr": lr,
+            }
+            advance(told)
+            if on_step:
+                on_step(told)
+            if (step + 1) % checkpoint_every == 0 or step + 1 == last:
+                save_checkpoint(checkpoint, both, optimizer, step + 1)
+    return save_model(model, processor, out)
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    """The same batch on another device."""
+    moved = {k: v.to(device) for k, v in vars(batch).items() if k != "labels"}
+    return Batch(**moved, labels={k: v.to(device) for k, v in batch.labels.items()})
+
+
+@contextmanager
+def progress_bar(recipe: Recipe, first: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields ``advance(step record)``; drawn on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(recipe.name, total=recipe.steps, completed=first)
+
+        def advance(told: dict[str, Any]) -> None:
+            text = f"{told['stage']} loss {told['loss']:.3f} answers' tokens {told['token_accuracy']:.1%}"
+            bar.update(task, completed=told["step"], description=text)
+
+        yield advance
+
+
+def save_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """Write weights and optimizer state after ``step`` steps; the old checkpoint stays until the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.clone() for k, v in modules.state_dict().items()} | optimizer.tensors()
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer) -> int:
+    """Put the state back and return the number of steps that were done."""
+    tensors = load_file(path)
+    modules.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+    optimizer.load(tensors)
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def save_model(model: PreTrainedModel, processor: ProcessorMixin, out: Path) -> Path:
+    """Write the model in bf16 and its processor; weights are renamed into place when they are whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    slim = copy.deepcopy(model).to(torch.bfloat16)
+    slim.save_pretrained(out)
+    processor.save_pretrained(out)
+    return out
