@@ -1,0 +1,222 @@
+"""Greedy set selections: each step adds the token that is best given those already chosen.
+
+* ``farthest_points``: max-min diversity, the farthest-first traversal (Gonzalez 1985), within factor 2 of the best
+  k-center radius. * ``max_sum``: least total similarity to the chosen ones (ToDRE). * ``facility_location``: coverage;
+  greedy is within 1 - 1/e of the optimum (Nemhauser, Wolsey, Fisher 1978), run lazily (Minoux 1978). * ``greedy_dpp``:
+  MAP of a determinantal point process by an incremental Cholesky factor (Chen, Zhang, Zhou, arXiv 1709.05135).
+
+Cost: the similarity rows of the picks are all that is needed of the N x N matrix. Where many rows are asked for the
+whole (symmetric) matrix is still cheaper, since a matrix product reads the features once; see ``similarity_rows``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vistok.core.tensors import check_k, gram, length, take, unit, upcast
+
+Metric = Literal["euclidean", "cosine"]
+
+LAZY_START = 16
+"""Columns whose gain ``facility_location`` brings up to date in its first round (8 to 32 measure alike at N = 576)."""
+
+
+def similarity_rows(x: Tensor, k: int) -> Callable[[Tensor], Tensor]:
+    """A function ``pick (B,) -> (B, N)``: products of the row ``pick`` of ``x`` (B, N, D) with all rows.
+
+    For ``k`` calls. From about N / 16 of them on the Gram matrix is computed first (N x N memory, at most 4096 tokens);
+    below, each call reads all features.
+    """
+    n = x.shape[1]
+    if 16 * k >= n and n <= 4096:
+        products = gram(x)
+        every = torch.arange(len(x), device=x.device)
+        return lambda pick: products[every, pick]
+    # Row times matrix: 4 times as fast as matrix times column in the batched product of the CPU.
+    return lambda pick: torch.bmm(take(x, pick[:, None]), x.transpose(1, 2))[:, 0]
+
+
+def _first(x: Tensor, start: Tensor | None, mask: Tensor | None) -> Tensor:
+    """(B,) first pick: ``start``, or the longest row."""
+    if start is None:
+        norm = length(x)
+        return (norm if mask is None else norm.masked_fill(~mask, -1)).argmax(1)
+    if start.shape != x.shape[:1]:
+        raise ValueError(f"start: got shape {tuple(start.shape)}, must be ({len(x)},), one position a picture")
+    if bool((start < 0).any()) or bool((start >= x.shape[1]).any()):
+        raise ValueError(f"start: got {start.tolist()}, must be positions in 0..{x.shape[1] - 1}")
+    if mask is not None and not bool(mask.gather(1, start[:, None]).all()):
+        raise ValueError("start: names a masked token, must name real ones")
+    return start
+
+
+def farthest_points(
+    x: Tensor, k: int, start: Tensor | None = None, metric: Metric = "euclidean", mask: Tensor | None = None
+) -> Tensor:
+    """(B, k) in pick order: each next token of ``x`` (B, N, D) is the one farthest from its nearest chosen one.
+
+    ``start`` (B,) int64 is the first pick, by default the row of largest Euclidean length. "euclidean" compares
+    squared distances, "cosine" 1 - cosine.
+    """
+    b, n, _ = x.shape
+    check_k(k, n, mask)
+    picks = torch.empty(b, k, dtype=torch.int64, device=x.device)
+    if not k:
+        return picks
+    pick = _first(x, start, mask)
+    if metric == "cosine":
+        x = unit(x)
+    elif metric == "euclidean":
+        x = upcast(x)
+    else:
+        raise ValueError(f"metric: got {metric!r}, must be 'euclidean' or 'cosine'")
+    products = similarity_rows(x, k)
+    square = x.square().sum(-1) if metric == "euclidean" else x.new_ones(b, n)
+    # |x - c|^2 = |x|^2 + |c|^2 - 2 x.c; for unit rows it is 2 (1 - cosine), the same ranking.
+    nearest = x.new_full((b, n), torch.inf)
+    barred = x.new_zeros(b, n) if mask is None else x.new_zeros(b, n).masked_fill_(~mask, -torch.inf)
+    for step in range(k):
+        if step:
+            pick = (nearest + barred).argmax(1)
+        picks[:, step] = pick
+        barred.scatter_(1, pick[:, None], -torch.inf)
+        distance = square + square.gather(1, pick[:, None]) - 2 * products(pick)
+        nearest = torch.minimum(nearest, distance.clamp_min_(0))
+    return picks
+
+
+def max_sum(x: Tensor, k: int, start: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """(B, k) in pick order: each next token of ``x`` (B, N, D) has the least sum of cosines to those chosen.
+
+    ``start`` (B,) int64 is the first pick, by default the row of largest Euclidean length.
+    """
+    b, n, _ = x.shape
+    check_k(k, n, mask)
+    picks = torch.empty(b, k, dtype=torch.int64, device=x.device)
+    if not k:
+        return picks
+    pick = _first(x, start, mask)
+    x = unit(x)
+    products = similarity_rows(x, k)
+    total = x.new_zeros(b, n) if mask is None else x.new_zeros(b, n).masked_fill_(~mask, torch.inf)
+    for step in range(k):
+        if step:
+            pick = total.argmin(1)
+        picks[:, step] = pick
+        total += products(pick)
+        total.scatter_(1, pick[:, None], torch.inf)
+    return picks
+
+
+def facility_location(matrices: Tensor | Sequence[Tensor], k: int, exclude: Tensor | None = None) -> Tensor:
+    """(B, k) in pick order: greedy maximisation of ``f(S) = sum over rows of max(0, max over s in S of C[row, s])``.
+
+    ``matrices``: one (B, R, N) or several with the same N, whose rows are stacked (scale them beforehand to weigh
+    them). ``exclude`` (B, N) bool is True at columns that must never be picked. Once every row is covered all gains
+    are 0 and the lowest free index is taken.
+
+    Same picks as re-evaluating every gain at every step: a gain never grows, so an old one is an upper bound, and only
+    the columns whose bound reaches the best up-to-date gain are evaluated.
+    """
+    parts = [m for m in ([matrices] if isinstance(matrices, Tensor) else matrices) if m.shape[1]]
+    if not parts:
+        raise ValueError("matrices: got no rows to cover, at least one matrix (B, R, N) with R > 0 is needed")
+    # Columns become contiguous, since single columns are read.
+    columns = torch.cat([upcast(m).transpose(1, 2) for m in parts], 2)
+    b, n, r = columns.shape
+    check_k(k, n, None if exclude is None else ~exclude)
+    picks = torch.empty(b, k, dtype=torch.int64, device=columns.device)
+    every = torch.arange(b, device=columns.device)
+    best = columns.new_zeros(b, 1, r)
+    bound = columns.clamp_min(0).sum(2)  # of each gain; -inf at columns that are excluded or picked
+    if exclude is not None:
+        bound.masked_fill_(exclude, -torch.inf)
+    scratch = torch.empty_like(columns)
+    width = LAZY_START
+    for step in range(k):
+        if step:
+            bound, width = _refresh(columns, best, bound, width, scratch)
+        pick = bound.argmax(1)
+        picks[:, step] = pick
+        bound.scatter_(1, pick[:, None], -torch.inf)
+        best = torch.maximum(best, columns[every, pick][:, None])
+    return picks
+
+
+def _refresh(columns: Tensor, best: Tensor, bound: Tensor, width: int, scratch: Tensor) -> tuple[Tensor, int]:
+    """Bring bounds up to date, the largest first, until the largest of all are exact; twice as many in each round.
+
+    ``width``: the columns of the last round of the step before. Returns the new bounds (B, N), the lower ones possibly
+    still old, and the columns of the last round.
+    """
+    b, n, r = columns.shape
+    # What is exact already: a gain that was 0 cannot fall further.
+    exact = torch.where(bound == 0, bound, -torch.inf)
+    stale = bound.masked_fill(bound == 0, -torch.inf)
+    first = torch.arange(0, b * n, n, device=columns.device)[:, None]
+    width, following = 0, max(LAZY_START, width // 2)  # a step needs about as many as the one before: start with half
+    while bool((stale.amax(1) >= exact.amax(1)).any()):
+        width, following = following, 2 * following
+        if 2 * width >= n:  # gathering costs as much as it saves
+            gain = torch.sub(columns, best, out=scratch).clamp_min_(0).sum(2)
+            return gain.masked_fill_(bound == -torch.inf, -torch.inf), width
+        value, at = stale.topk(width, dim=1, sorted=False)
+        chosen = scratch.view(b * n, r)[: b * width]
+        torch.index_select(columns.view(b * n, r), 0, (first + at).flatten(), out=chosen)
+        gain = chosen.view(b, width, r).sub_(best).clamp_min_(0).sum(2)
+        # A picture that is done meanwhile has only -inf left to offer: those keep what is known of them.
+        exact.scatter_(1, at, torch.where(value == -torch.inf, exact.gather(1, at), gain))
+        stale.scatter_(1, at, -torch.inf)
+    return torch.maximum(stale, exact), width
+
+
+def greedy_dpp(kernel: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    """(B, k) in pick order: each step adds the token that most raises det of the chosen part of ``kernel`` (B, N, N).
+
+    ``kernel`` is symmetric positive semi-definite. Once what is left adds no volume (rank reached), the lowest free
+    index is taken.
+    """
+    if kernel.dim() != 3 or kernel.shape[1] != kernel.shape[2]:
+        raise ValueError(f"kernel: got shape {tuple(kernel.shape)}, must be (B, N, N)")
+    kernel = upcast(kernel)
+    every = torch.arange(len(kernel), device=kernel.device)
+    return _dpp(kernel.diagonal(dim1=1, dim2=2), lambda pick: kernel[every, pick], k, mask)
+
+
+def greedy_dpp_features(features: Tensor, k: int, quality: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """``greedy_dpp`` of the kernel ``q_i q_j cos(x_i, x_j)`` of ``features`` (B, N, D) and ``quality`` (B, N) > 0."""
+    x = unit(features)
+    diagonal = x.ne(0).any(2).to(x.dtype)  # of cosines, exactly: rounding must not break the tie of the first pick
+    if quality is not None:
+        x = x * quality.to(x.dtype).unsqueeze(-1)
+        diagonal = diagonal * quality.to(x.dtype).square()
+    return _dpp(diagonal, similarity_rows(x, k), k, mask)
+
+
+def _dpp(diagonal: Tensor, kernel_row: Callable[[Tensor], Tensor], k: int, mask: Tensor | None) -> Tensor:
+    b, n = diagonal.shape
+    check_k(k, n, mask)
+    volume = diagonal.clone()  # what each token would add: its squared distance to the span of the chosen ones
+    floor = volume.amax(1, keepdim=True) * torch.finfo(volume.dtype).eps * n if n else volume
+    barred = torch.zeros_like(volume) if mask is None else torch.zeros_like(volume).masked_fill_(~mask, -torch.inf)
+    factor = volume.new_zeros(b, k, n)
+    picks = torch.empty(b, k, dtype=torch.int64, device=volume.device)
+    for step in range(k):
+        volume = torch.where(volume > floor, volume, 0)  # rounding noise, not volume
+        pick = (volume + barred).argmax(1)
+        picks[:, step] = pick
+        barred.scatter_(1, pick[:, None], -torch.inf)
+        own = volume.gather(1, pick[:, None])
+        row = kernel_row(pick)
+        if step:
+            done = factor[:, :step]
+            mine = done.gather(2, pick[:, None, None].expand(-1, step, 1))
+            row = row - torch.bmm(mine.transpose(1, 2), done)[:, 0]
+        row = torch.where(own > 0, row * own.clamp_min(torch.finfo(own.dtype).tiny).rsqrt(), 0)
+        factor[:, step] = row
+        volume = volume - row.square()
+    return picks

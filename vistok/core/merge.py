@@ -1,0 +1,196 @@
+"""Where the other tokens end: every merge returns ``Merged`` and conserves mass.
+
+Mass: the sum over slots of ``size * tokens`` equals the sum of ``size * x`` over the input tokens that were not
+dropped, and ``size`` adds up alike. ``bipartite_soft_matching``: ToMe (Bolya et al., arXiv 2210.09461).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vistok.core.tensors import take, unit, upcast
+
+
+@dataclass(frozen=True)
+class Merged:
+    """K slots that N tokens were merged into."""
+
+    tokens: Tensor
+    """(B, K, D) values, in the dtype of the input."""
+    source: Tensor
+    """(B, N) int64: the slot that each input token ended in, -1 where it was dropped."""
+    size: Tensor
+    """(B, K): the summed size of the tokens in a slot (their number, where the input had no sizes)."""
+    anchor: Tensor
+    """(B, K) int64: the position (0..N-1) at which a slot stands; -1 for an empty slot."""
+
+
+def size_weighted_mean(
+    x: Tensor, source: Tensor, slots: int, size: Tensor | None = None, anchor: Tensor | None = None
+) -> Merged:
+    """Mean of the tokens of ``x`` (B, N, D) in each slot, weighted by ``size`` (B, N), by default 1.
+
+    ``source`` (B, N) int64 names the slot (0..slots-1) of each token, -1 to drop it. Empty slots are 0 with size 0. A
+    token alone in its slot keeps its value bit for bit. ``anchor`` (B, slots): see ``Merged``; by default each slot's
+    first token.
+    """
+    b, n, d = x.shape
+    wide = upcast(x)
+    weight = wide.new_ones(b, n) if size is None else size.to(wide.dtype)
+    at = torch.where(source < 0, slots, source)  # one more slot takes what is dropped
+    total = weight.new_zeros(b, slots + 1).scatter_add(1, at, weight)
+    share = torch.where(weight > 0, weight / total.gather(1, at), 0)
+    tokens = wide.new_zeros(b, slots + 1, d).scatter_add(1, at.unsqueeze(-1).expand(-1, -1, d), wide * share[..., None])
+    if anchor is None:
+        index = torch.arange(n, device=x.device).expand(b, n)
+        anchor = index.new_full((b, slots + 1), n).scatter_reduce(1, at, index, "amin")[:, :slots]
+        anchor = torch.where(anchor == n, -1, anchor)
+    return Merged(tokens[:, :slots].to(x.dtype), source, total[:, :slots], anchor)
+
+
+def unmerge(tokens: Tensor, source: Tensor) -> Tensor:
+    """(B, N, D): every input token's slot value, from slots (B, K, D) and ``source`` (B, N); 0 where dropped."""
+    values = take(tokens, source.clamp_min(0))
+    return values.masked_fill((source < 0).unsqueeze(-1), 0)
+
+
+def nearest_slot(metric: Tensor, anchors: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, N) int64: for each token the slot of the anchor it is most similar to (cosine), ties to the lower slot.
+
+    ``anchors`` (B, K) int64 are distinct positions into ``metric`` (B, N, d); each is in its own slot. Tokens that
+    ``mask`` (B, N) marks False are dropped (-1).
+    """
+    b, k = anchors.shape
+    if not k:
+        raise ValueError("anchors: got none, at least one is needed")
+    rows = unit(metric)
+    slot = torch.bmm(rows, take(rows, anchors).transpose(1, 2)).argmax(2)
+    if mask is not None:
+        slot = torch.where(mask, slot, -1)
+    return slot.scatter(1, anchors, torch.arange(k, device=slot.device).expand(b, k))
+
+
+def nearest_anchor(
+    x: Tensor, anchors: Tensor, *, metric: Tensor | None = None, size: Tensor | None = None, mask: Tensor | None = None
+) -> Merged:
+    """Each token of ``x`` (B, N, D) joins its nearest of ``anchors`` (B, K); slots are size-weighted means.
+
+    ``metric`` (B, N, d), by default ``x``, is what nearness (cosine) is measured on. ``mask`` as in ``nearest_slot``.
+    """
+    source = nearest_slot(x if metric is None else metric, anchors, mask)
+    return size_weighted_mean(x, source, anchors.shape[1], size, anchors)
+
+
+def bipartite_soft_matching(
+    x: Tensor,
+    r: int,
+    *,
+    metric: Tensor | None = None,
+    size: Tensor | None = None,
+    protected: int = 0,
+    mask: Tensor | None = None,
+    order: Literal["raster", "author"] = "raster",
+) -> Merged:
+    """Merge ``r`` tokens of ``x`` (B, N, D) away: those at even positions most similar (cosine) to one at an odd one.
+
+    Each of the ``r`` joins its most similar odd token (ties to the lower index); N - r slots, size-weighted means, each
+    anchored at its odd or unmerged token. ``metric`` (B, N, d), by default ``x``, is compared (ToMe: the keys' head
+    mean). The first ``protected`` tokens (class token) and those that ``mask`` (B, N) marks False neither merge nor are
+    merged into. Slots in raster order, or in the author's: unmerged even tokens (by falling similarity; ascending if
+    some are protected), then the odd ones. Spread the slots back with ``unmerge(tokens, source)``.
+    """
+    b, n, _ = x.shape
+    if order not in ("raster", "author"):
+        raise ValueError(f"order: got {order!r}, must be 'raster' or 'author'")
+    free = torch.arange(n, device=x.device)[None] >= protected
+    free = free.expand(b, n) if mask is None else free & mask
+    most = torch.where(free[:, 1::2].any(1), free[:, ::2].sum(1), 0)
+    if not 0 <= r <= (int(most.min()) if b else n):
+        raise ValueError(f"r: got {r}, must be between 0 and {int(most.min())}, the even-placed tokens free to merge")
+
+    rows = unit(x if metric is None else metric)
+    similarity = torch.bmm(rows[:, ::2], rows[:, 1::2].transpose(1, 2))
+    similarity = similarity.masked_fill(~(free[:, ::2, None] & free[:, None, 1::2]), -torch.inf)
+    if n > 1:
+        best, into = similarity.max(2)
+    else:
+        best, into = similarity.new_zeros(b, n), free.new_zeros(b, n, dtype=torch.int64)
+    by_best = best.sort(dim=1, descending=True, stable=True).indices
+    merged, unmerged = by_best[:, :r], by_best[:, r:]
+    if protected:
+        unmerged = unmerged.sort(1).values
+    odd = torch.arange(1, n, 2, device=x.device).expand(b, n // 2)
+    anchor = torch.cat([2 * unmerged, odd], 1)
+    if order == "raster":
+        anchor = anchor.sort(1).values
+    slots = torch.arange(n - r, device=x.device).expand(b, n - r)
+    source = anchor.new_full((b, n), -1).scatter(1, anchor, slots)
+    target = source.gather(1, 2 * into.gather(1, merged) + 1)
+    source = source.scatter(1, 2 * merged, target)
+    return size_weighted_mean(x, source, n - r, size, anchor)
+
+
+def knn_weighted(
+    x: Tensor,
+    centres: Tensor,
+    affinity: Tensor,
+    neighbours: int,
+    weight: Tensor | None = None,
+    normalise: bool = True,
+) -> Merged:
+    """Each centre takes in the ``neighbours`` non-centre tokens of largest affinity, with their weights.
+
+    ``centres`` (B, C) distinct positions into ``x`` (B, N, D); ``affinity`` (B, C, N); ``weight`` (B, N) >= 0, by
+    default 1, a centre's own weight in its slot is 1. ``c' = (x_c + sum w_j x_j) / (1 + sum w_j)``, or without the
+    division if not ``normalise``. A token may enter several slots; ``source`` names the one of largest affinity, -1 if
+    it entered none. ``size`` is a slot's summed weight, so size * tokens (tokens alone, if not normalised) adds up to
+    all that went in.
+    """
+    b, n, _ = x.shape
+    c = centres.shape[1]
+    wide = upcast(x)
+    is_centre = torch.zeros(b, n, dtype=torch.bool, device=x.device).scatter(1, centres, True)
+    affinity = upcast(affinity).masked_fill(is_centre[:, None], -torch.inf)
+    near = affinity.sort(dim=2, descending=True, stable=True).indices[:, :, : max(min(neighbours, n - c), 0)]
+    share = wide.new_ones(b, n) if weight is None else weight.to(wide.dtype)
+    entered = torch.zeros(b, c, n, dtype=torch.bool, device=x.device).scatter(2, near, True)
+    mixing = torch.where(entered, share[:, None], 0).scatter(2, centres[:, :, None], 1)
+    size = mixing.sum(2)
+    tokens = torch.bmm(mixing, wide)
+    if normalise:
+        tokens = tokens / size[..., None]
+    source = torch.full((b, n), -1, dtype=torch.int64, device=x.device)
+    if c:
+        best = affinity.masked_fill(~entered, -torch.inf).argmax(1)
+        source = torch.where(entered.any(1), best, source)
+        source = source.scatter(1, centres, torch.arange(c, device=x.device).expand(b, c))
+    return Merged(tokens.to(x.dtype), source, size, centres)
+
+
+def window_mean(x: Tensor, grid: tuple[int, int], cells: tuple[int, int], size: Tensor | None = None) -> Merged:
+    """Average pooling of ``x`` (B, h * w, D) on its ``grid`` (h, w) to ``cells`` (rows, columns) without overlap.
+
+    Sides that the cells do not divide are cut as evenly as possible. Slots in raster order of the cells, each anchored
+    at its middle token (of an even side, the one before the middle).
+    """
+    h, w = grid
+    rows, columns = cells
+    if h * w != x.shape[1]:
+        raise ValueError(f"grid: got {h} x {w}, which has not the {x.shape[1]} tokens of x")
+    if not (1 <= rows <= h and 1 <= columns <= w):
+        raise ValueError(f"cells: got {rows} x {columns}, must be between 1 x 1 and the grid's {h} x {w}")
+    up = torch.arange(h, device=x.device) * rows // h
+    across = torch.arange(w, device=x.device) * columns // w
+    source = (up[:, None] * columns + across[None]).flatten().expand(len(x), -1)
+    anchor = (_middle(h, rows, x.device)[:, None] * w + _middle(w, columns, x.device)[None]).flatten()
+    return size_weighted_mean(x, source, rows * columns, size, anchor.expand(len(x), -1))
+
+
+def _middle(side: int, cells: int, device: torch.device) -> Tensor:
+    """(cells,) the middle of each of ``cells`` stretches of ``side``, cut where ``i * cells // side`` steps."""
+    cuts = -(-torch.arange(cells + 1, device=device) * side // cells)  # ceil
+    return (cuts[:-1] + cuts[1:] - 1) // 2
