@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vistok.world import Picture, patch_labels
 
-CAPTION_PROMPT = "describe the picture ."
+from .tokenizer import CAPTION_PROMPT
+
 IGNORE = -100
 
 

@@ -84,12 +84,12 @@ def prefix(model: LlavaForConditionalGeneration, pixels: Tensor, first_token: in
     return Prefix(embeds, positions, patches, seen.pooler_output)
 
 
-TASKS = (("scenes", 0.4), ("words", 0.2), ("charts", 0.2), ("forms", 0.2))
+TASKS = (("scenes", 0.35), ("words", 0.25), ("charts", 0.15), ("forms", 0.25))
 RECIPE = Recipe(
     name="vistok-tiny",
     stages=(
         Stage("patches", steps=1000, batch_size=32, peak_lr=2e-3, language=False, tasks=TASKS),
-        Stage("questions", steps=2600, batch_size=16, peak_lr=1.5e-3, language=True, tasks=TASKS),
+        Stage("questions", steps=6000, batch_size=16, peak_lr=1.5e-3, language=True, tasks=TASKS),
     ),
     image_size=IMAGE_SIZE,
     grid=GRID,

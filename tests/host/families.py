@@ -1,0 +1,261 @@
+"""Small random models of each family, and prompts for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as tf
+
+IMAGE = 98
+TEXT = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=99,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+    initializer_range=0.3,
+)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.3)
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    build: Callable[[], Any]
+    pictures: Callable[[list[int]], tuple[dict[str, Any], list[int], list[list[int]]]]
+    """Sizes (0: small, 1: other) to: model inputs, placeholders of each picture, and for each picture the placeholder
+    of each of its tokens in the order of the evidence."""
+    sizes: int = 1
+    """How many sizes of picture it takes."""
+    patches: Callable[[int], list[list[int]]] = lambda size: [[i] for i in range(16)]
+    """Size to the encoder's patches (counted from the picture's first) of each token, in the order of the evidence."""
+    spent: tuple[int, ...] = (16,)
+    """Patches that the encoder spends on a picture of each size."""
+
+    @property
+    def model(self) -> Any:
+        return _model(self)
+
+
+@cache
+def _model(family: Family) -> Any:
+    torch.manual_seed(0)
+    model = family.build().eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _llava(vision) -> Any:
+    config = tf.LlavaConfig(
+        vision_config=vision,
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
+    )
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def _llava_pictures(sizes):
+    return {"pixel_values": _pixels(len(sizes), 3, 28, 28)}, [16] * len(sizes), [list(range(16))] * len(sizes)
+
+
+PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+ANYRES = dict(image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS)
+
+
+def _llava_next() -> Any:
+    config = tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7),
+        text_config=tf.LlamaConfig(**TEXT),
+        vision_feature_layer=-2,
+        **ANYRES,
+    )
+    return tf.LlavaNextForConditionalGeneration(config)
+
+
+def _onevision(aspect: str = "anyres_max_9") -> Any:
+    config = tf.LlavaOnevisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=7, vision_use_head=False),
+        text_config=tf.Qwen2Config(**TEXT),
+        vision_feature_layer=-1,
+        vision_aspect_ratio=aspect,
+        **ANYRES,
+    )
+    return tf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _anyres_pictures(sizes):
+    """28 x 56 pixels: thumbnail and 1 x 2 crops, 4 x 8 patches. 40 x 56: 2 x 2 crops, of whose 8 x 8 patches the
+    first and last row are padding. A newline ends each row of the crops."""
+    thumbnail = list(range(16))
+    crop = lambda rows, columns: [16 + 9 * r + c for r in rows for c in columns]  # noqa: E731
+    left, right = range(4), range(4, 8)
+    wide = thumbnail + crop(range(4), left) + crop(range(4), right)
+    square = thumbnail + [t for rows in (range(3), range(3, 6)) for cs in (left, right) for t in crop(rows, cs)]
+    inputs = {
+        "pixel_values": _pixels(len(sizes), 5, 3, 28, 28),
+        "image_sizes": torch.tensor([[(28, 56), (40, 56)][size] for size in sizes]),
+    }
+    return inputs if sizes else {}, [16 + 9 * (4, 6)[s] for s in sizes], [(wide, square)[s] for s in sizes]
+
+
+def _anyres_patches(size):
+    parts = [range(16), range(16, 48), [*range(20, 32), *range(36, 48), *range(48, 60), *range(64, 76)]]
+    return [[i] for i in (*parts[0], *parts[1 + size])]
+
+
+MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]})
+QWEN_VISION = dict(patch_size=7, spatial_merge_size=2, temporal_patch_size=2, depth=4, num_heads=4)
+QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=97, vision_start_token_id=96, vision_end_token_id=95)
+
+
+def _qwen2() -> Any:
+    config = tf.Qwen2VLConfig(
+        vision_config=dict(**QWEN_VISION, embed_dim=32, hidden_size=48, mlp_ratio=2, initializer_range=0.3),
+        text_config=dict(**TEXT, **MROPE),
+        **QWEN_IDS,
+    )
+    return tf.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5() -> Any:
+    vision = dict(
+        **QWEN_VISION,
+        hidden_size=32,
+        intermediate_size=48,
+        out_hidden_size=48,
+        window_size=28,
+        fullatt_block_indexes=[1, 3],
+        initializer_range=0.3,
+    )
+    config = tf.Qwen2_5_VLConfig(vision_config=vision, text_config=dict(**TEXT, **MROPE), **QWEN_IDS)
+    return tf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3() -> Any:
+    vision = dict(
+        **QWEN_VISION,
+        hidden_size=32,
+        intermediate_size=48,
+        out_hidden_size=48,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 2],
+        initializer_range=0.3,
+    )
+    config = tf.Qwen3VLConfig(vision_config=vision, text_config=dict(**TEXT, **MROPE, head_dim=12), **QWEN_IDS)
+    return tf.Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen_pictures(sizes):
+    grids = [[(1, 8, 8), (1, 4, 6)][size] for size in sizes]
+    tokens = [h * w // 4 for _, h, w in grids]
+    inputs = {
+        "pixel_values": _pixels(sum(4 * n for n in tokens), 3 * 2 * 7 * 7),
+        "image_grid_thw": torch.tensor(grids),
+    }
+    return inputs if sizes else {}, tokens, [list(range(n)) for n in tokens]
+
+
+def _qwen_patches(size):
+    return [[4 * i + j for j in range(4)] for i in range((16, 6)[size])]
+
+
+def _internvl_patches(size):
+    def tile(number):
+        corners = [(y, x) for y in range(0, 8, 2) for x in range(0, 8, 2)]
+        return [[64 * number + 8 * (y + dy) + x + dx for dy in (0, 1) for dx in (0, 1)] for y, x in corners]
+
+    return [token for number in ((0,), (2, 0, 1))[size] for token in tile(number)]
+
+
+def _internvl() -> Any:
+    vision = tf.InternVLVisionConfig(**VISION, image_size=[56, 56], patch_size=[7, 7], layer_scale_init_value=1.0)
+    config = tf.InternVLConfig(vision_config=vision, text_config=tf.Qwen2Config(**TEXT), image_token_id=IMAGE)
+    return tf.InternVLForConditionalGeneration(config)
+
+
+def _internvl_pictures(sizes):
+    """One tile, or two and the thumbnail behind them."""
+    tiles = [(1, 3)[size] for size in sizes]
+    orders = [list(range(16)), [*range(32, 48), *range(32)]]
+    return {"pixel_values": _pixels(sum(tiles), 3, 56, 56)}, [16 * t for t in tiles], [orders[s] for s in sizes]
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "llava-clip", lambda: _llava(tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7)), _llava_pictures
+        ),
+        Family(
+            "llava-siglip",
+            lambda: _llava(tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=7)),
+            _llava_pictures,
+        ),
+        Family("llava-next", _llava_next, _anyres_pictures, 2, _anyres_patches, (48, 80)),
+        Family("onevision", _onevision, _anyres_pictures, 2, _anyres_patches, (48, 80)),
+        Family("qwen2-vl", _qwen2, _qwen_pictures, 2, _qwen_patches, (64, 24)),
+        Family("qwen2.5-vl", _qwen2_5, _qwen_pictures, 2, _qwen_patches, (64, 24)),
+        Family("qwen3-vl", _qwen3, _qwen_pictures, 2, _qwen_patches, (64, 24)),
+        Family("internvl", _internvl, _internvl_pictures, 2, _internvl_patches, (64, 192)),
+    )
+}
+SHRUNK = Family("onevision-shrunk", lambda: _onevision("anyres_max_1"), _anyres_pictures, sizes=2)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch: its model inputs, and where the tokens of each picture are, in the order of the evidence."""
+
+    inputs: dict[str, Any]
+    columns: list[list[list[int]]]
+    """[row][picture][token] -> column"""
+
+    def left(self, keep: Callable[[int], list[int]]) -> list[torch.Tensor]:
+        """The columns of each row that are left when ``keep(N)`` of each picture stay; padding is not among them."""
+        rows = []
+        for row, mask in enumerate(self.inputs["attention_mask"]):
+            gone = set()
+            for tokens in self.columns[row]:
+                gone |= set(tokens) - {tokens[i] for i in keep(len(tokens))}
+            rows.append(torch.tensor([c for c in mask.nonzero()[:, 0].tolist() if c not in gone]))
+        return rows
+
+
+def prompt(family: Family, rows: list[list[int]], side: str = "left", text: tuple[int, ...] = (5, 6, 7, 8)) -> Prompt:
+    """One row for each list of picture sizes; rows differ in length, and are padded on ``side``."""
+    extra, lengths, tokens = family.pictures([size for row in rows for size in row])
+    number, lines, spans = 0, [], []
+    for index, row in enumerate(rows):
+        line, span = [1, 10 + index], []
+        for _ in row:
+            span.append([len(line) + t for t in tokens[number]])
+            line += [IMAGE] * lengths[number] + [20 + number]
+            number += 1
+        lines.append(line + list(text[: len(text) - index % 3]))
+        spans.append(span)
+    width = max(map(len, lines))
+    pads = [width - len(line) for line in lines]
+    before = [pad if side == "left" else 0 for pad in pads]
+    ids = [[0] * b + line + [0] * (pad - b) for b, pad, line in zip(before, pads, lines, strict=True)]
+    mask = [[0] * b + [1] * len(line) + [0] * (pad - b) for b, pad, line in zip(before, pads, lines, strict=True)]
+    ids = torch.tensor(ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor(mask), **extra}
+    if "image_grid_thw" in extra:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    columns = [[[c + b for c in t] for t in span] for b, span in zip(before, spans, strict=True)]
+    return Prompt(inputs, columns)

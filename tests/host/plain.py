@@ -1,0 +1,16 @@
+"""The plain model with eager attention, which returns its maps."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+
+def eager_maps(family, inputs):
+    """(attentions, keys) of every decoder layer of the plain model with eager attention."""
+    model = copy.deepcopy(family.model)
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        out = model(**inputs, output_attentions=True, use_cache=True)
+    return out.attentions, [layer.keys for layer in out.past_key_values.layers]

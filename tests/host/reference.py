@@ -1,0 +1,122 @@
+"""What the host must equal: the language model run by hand, row by row, unpadded and without a cache, on the tokens
+that are left, at their original positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vistok.core.position import recompact_positions
+
+
+@torch.no_grad()
+def language_inputs(model, **inputs) -> dict[str, Any]:
+    """What the plain model hands its language model for ``inputs``."""
+    seen: dict[str, Any] = {}
+
+    def hook(module, args, kwargs):
+        seen.update(kwargs)
+
+    handle = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def generation_inputs(model, **inputs) -> dict[str, Any]:
+    """The same in the prefill of ``generate``, which makes position ids of the padding mask."""
+    seen: dict[str, Any] = {}
+
+    def hook(module, args, kwargs):
+        if not seen:
+            seen.update(kwargs)
+
+    handle = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    finally:
+        handle.remove()
+    return seen
+
+
+def one_row(given: dict[str, Any], row: int, mask: torch.Tensor) -> dict[str, Any]:
+    """Row ``row`` of a batch without its padding: embeds (1, L, D), positions (..., 1, L), its visual planes."""
+    real = mask[row].bool().nonzero()[:, 0]
+    embeds = given["inputs_embeds"]
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = torch.arange(embeds.shape[1])[None]
+    positions = positions.expand(*positions.shape[:-2], embeds.shape[0], -1)
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[1:]
+    out = {
+        "embeds": embeds[row : row + 1, real],
+        "positions": positions[..., row : row + 1, :][..., real],
+        "real": real,
+    }
+    if given.get("deepstack_visual_embeds") is not None:
+        visual = given["visual_pos_masks"]
+        before = int(visual[:row].sum())
+        count = int(visual[row].sum())
+        out["visual"] = visual[row, real]
+        out["planes"] = [plane[before : before + count] for plane in given["deepstack_visual_embeds"]]
+    return out
+
+
+@torch.no_grad()
+def run(
+    model,
+    row: dict[str, Any],
+    left: torch.Tensor,
+    stages: dict[int, torch.Tensor] | None = None,
+    recompact: bool = False,
+) -> torch.Tensor:
+    """Logits (L', V) of the places ``left`` (sorted) of a row; before layer r only those of ``stages[r]`` (places of
+    the same row, sorted) go on."""
+    lm, stages = model.model.language_model, stages or {}
+    hidden, positions, places = row["embeds"][:, left], row["positions"][..., left], left
+    planes = []
+    if "planes" in row:
+        numbers = torch.cumsum(row["visual"], 0) - 1
+        planes = row["planes"]
+    for number, layer in enumerate(lm.layers):
+        if number in stages:
+            stay = torch.isin(places, stages[number])
+            hidden, positions, places = hidden[:, stay], positions[..., stay], places[stay]
+        if recompact:
+            positions = recompact_positions(positions, torch.arange(len(places))[None])
+        rotary = lm.rotary_emb(hidden, positions)
+        mask = None
+        if lm.config._attn_implementation == "eager":
+            length = hidden.shape[1]
+            mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
+        if number < len(planes):
+            visual = row["visual"][places]
+            hidden = hidden.clone()
+            hidden[0, visual] += planes[number][numbers[places[visual]]]
+    return model.lm_head(lm.norm(hidden))[0]
+
+
+@torch.no_grad()
+def greedy(model, row, left, steps: int, stages=None, recompact: bool = False) -> list[int]:
+    """Greedy continuation, everything computed anew for each token."""
+    stages = dict(stages or {})
+    row, out = dict(row), []
+    for _ in range(steps):
+        token = int(run(model, row, left, stages, recompact)[-1].argmax())
+        out.append(token)
+        embed = model.get_input_embeddings()(torch.tensor([[token]]))
+        row["embeds"] = torch.cat([row["embeds"], embed], 1)
+        after = row["positions"][..., -1:] + 1
+        row["positions"] = torch.cat([row["positions"], after], -1)
+        if "visual" in row:
+            row["visual"] = torch.cat([row["visual"], torch.zeros(1, dtype=torch.bool)])
+        new = torch.tensor([row["embeds"].shape[1] - 1])
+        left = torch.cat([left, new])
+        stages = {layer: torch.cat([stay, new]) for layer, stay in stages.items()}
+    return out

@@ -1,0 +1,242 @@
+"""Carries reductions out in a running model: before the language model, and before its layers.
+
+Two pre-hooks do the work. The outer model's says which columns of the prompt are visual; the language model's reduces
+them and hands on the shorter sequence with its positions, masks and cache (vistok.host.cache). A pre-hook on each
+decoder layer carries out the stages inside the language model and gives the layers after one the tensors of its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from vistok.host.cache import ReducedLayer, adopt, reduced_layers
+from vistok.host.deepstack import DeepStack
+from vistok.host.hooks import Hooks
+from vistok.host.hosts import Host
+from vistok.host.keep import Keep
+from vistok.host.llm import LayerView
+from vistok.host.log import Log
+from vistok.host.pictures import Group, group, locate
+from vistok.host.prompt import Prompt, check_call, read_prompt
+from vistok.host.reducer import Reducer
+from vistok.host.rows import pack, places, take
+from vistok.host.steps import Steps, needs_of
+from vistok.host.stream import Stream
+from vistok.host.text import question_tokens, special_ids
+from vistok.host.vision import Probe
+
+Position = Literal["keep", "recompact"]
+
+
+class Engine:
+    """The hooks of one session."""
+
+    def __init__(self, host: Host, methods: Sequence[Reducer], keep: Keep | Sequence[Keep], position: Position) -> None:
+        self.host, self.methods, self.position = host, methods, position
+        self.needs = [needs_of(method) for method in methods]
+        self.probe = Probe(self.needs, len(host.blocks))
+        self.log = Log(host, self.probe)
+        self.steps = Steps(host, methods, self.needs, keep, self.probe)
+        self.special = special_ids(host.model)
+        self.prompt: Prompt | None = None
+        self.words: Tensor | None = None
+        self.groups: list[Group] = []
+        self.stages: set[int] = set()
+        self.stream: Stream | None = None
+        self.deepstack: DeepStack | None = None
+        self.armed: list[ReducedLayer] = []
+
+    def install(self, hooks: Hooks) -> None:
+        host = self.host
+        hooks.before(host.model, check_call)
+        hooks.before(host.base, self._see_prompt)
+        self.log.watch(hooks)
+        host.watch(hooks, self.probe, any("encoder_features" in need for need in self.needs))
+        self.probe.install(hooks, host.tap)
+        hooks.before(host.language_model, self._before)
+        for index, layer in enumerate(host.layers):
+            hooks.before(layer, partial(self._before_layer, index))
+            hooks.after(layer, partial(self._after_layer, index))
+        hooks.after(host.language_model, self._after, always=True)
+
+    # The outer model -----------------------------------------------------------------------------------------------
+
+    def _see_prompt(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.prompt = read_prompt(self.host, args, kwargs)
+
+    # The language model --------------------------------------------------------------------------------------------
+
+    def _before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        prompt, self.prompt = self.prompt, None
+        self.forget()
+        self.log.leaves_encoder()
+        if prompt is not None and bool(prompt.visual.any()):
+            with self.log.time("select"):
+                kwargs = self._reduce(prompt, kwargs)
+            self.log.starts("prefill")
+        else:
+            kwargs = self._go_on(kwargs)
+            self.log.starts("decode")
+        self.armed = reduced_layers(kwargs.get("past_key_values"))
+        for layer in self.armed:
+            layer.armed = True
+        return args, kwargs
+
+    def _go_on(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward without pictures: say its mask and positions of the keys that the cache holds."""
+        cache: Cache | None = kwargs.get("past_key_values")
+        if not reduced_layers(cache):
+            return kwargs
+        stream = self._stream(kwargs, cache)
+        if any(layer.stage != stream.layers[0].stage for layer in stream.layers):
+            self.stream = stream
+        return kwargs | stream.inputs()
+
+    def _stream(self, kwargs: dict[str, Any], cache: Cache | None) -> Stream:
+        embeds = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        return Stream(
+            self.host.language_model,
+            cache,
+            reduced_layers(cache),
+            (embeds.shape[0], embeds.shape[1]),
+            kwargs.get("position_ids"),
+            kwargs.get("attention_mask"),
+            self.position == "recompact",
+            embeds.device,
+        )
+
+    def _reduce(self, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The prefill of a prompt with pictures."""
+        embeds: Tensor = kwargs["inputs_embeds"]
+        run = self.probe.run
+        places_ = locate(prompt.visual, [] if run is None else self.host.layouts(run, prompt.visual))
+        groups = group(places_, embeds, any(method.one_at_a_time for method in self.methods))
+        for one in groups:
+            self.steps.plan(one)
+        self.groups, self.stages = groups, self.steps.stages(groups)
+        mask = kwargs.get("attention_mask")
+        self.words = None
+        if self.steps.wants_text:
+            valid = mask[:, -embeds.shape[1] :].bool() if mask is not None and mask.ndim == 2 else None
+            self.words = question_tokens(valid, prompt.visual, prompt.ids, self.special)
+
+        alive = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        reduced: list[tuple[Tensor, Tensor, Tensor]] = []
+        for one in groups:
+            before, rows = one.columns, one.rows[:, None]
+            values = self.steps.at_input(one, embeds, self.words, prompt.ids)
+            if values is not None:
+                alive[rows, before] = False
+                alive[rows, one.columns] = True
+                reduced.append((rows, one.columns, values))
+        self.log.sees(picture for one in groups for picture in self.steps.records(one))
+        if not reduced and not self.stages:
+            return self._go_on(kwargs)
+
+        kwargs = dict(kwargs)
+        cache: Cache | None = kwargs.get("past_key_values")
+        if cache is None and _uses_cache(kwargs, self.host.language_model):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.host.language_model.config)
+        if cache is not None:
+            adopt(cache, len(self.host.layers))
+        stream = self.stream = self._stream(kwargs, cache)
+        if reduced:
+            index = pack(alive, stream.valid)
+            where = places(index, stream.width)
+            embeds = take(embeds, index)
+            for rows, columns, values in reduced:
+                embeds[rows, where[rows, columns]] = values
+            stream.narrow(index)
+            kwargs["inputs_embeds"] = embeds
+        kwargs.update(stream.inputs())
+        if kwargs.get("deepstack_visual_embeds") is not None:
+            self.deepstack = DeepStack(
+                self.host.language_model, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+            )
+            kwargs.update(self.deepstack.inputs(stream.index, later=bool(self.stages)))
+        return kwargs
+
+    # Its layers ----------------------------------------------------------------------------------------------------
+
+    def _before_layer(
+        self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hidden: Tensor = args[0]
+        stream = self.stream
+        if stream is None:
+            self.log.enters(module, number, hidden, kwargs)
+            return None
+        given = kwargs
+        kwargs = stream.feed(number, hidden, given)
+        if number in self.stages:
+            with self.log.time("inside"):
+                narrowed = self._reduce_at(number, module, stream, hidden, kwargs)
+                if narrowed is not None:
+                    hidden = narrowed
+                    kwargs = stream.feed(number, hidden, given)
+        self.log.enters(module, number, hidden, kwargs)
+        return (hidden, *args[1:]), kwargs
+
+    def _reduce_at(
+        self, number: int, layer: Any, stream: Stream, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Carry out the stage before decoder layer ``number``: the narrower hidden states, or None if nothing goes."""
+        alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        now_at = places(stream.index, stream.width)
+        changed = False
+        for turn, method in enumerate(self.methods):
+            real = alive if stream.real is None else stream.real & alive
+            view = LayerView(layer, hidden, real, kwargs, stream.past_keys(number)) if method.layer_needs else None
+            for one in self.groups:
+                if number not in one.schedules[turn].layers or not one.count:
+                    continue
+                fields = {} if view is None else view.fields(method.layer_needs, one, now_at, self.words)
+                result = self.steps.at_layer(turn, number, one, hidden, stream.index, stream.width, fields)
+                if result is None:
+                    continue
+                before, after, values = result
+                rows = one.rows[:, None]
+                alive[rows, before] = False
+                alive[rows, after] = True
+                hidden = hidden if changed else hidden.clone()
+                hidden[rows, after] = values
+                changed = True
+        self.log.left_at(number, self.groups)
+        if not changed:
+            return None
+        index = pack(alive, stream.real)
+        stream.narrow(index, number)
+        return take(hidden, index)
+
+    def _after_layer(self, number: int, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        if self.deepstack is None or self.stream is None:
+            return None
+        return self.deepstack.add(number, output, self.stream.index)
+
+    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        for layer in self.armed:
+            layer.armed = False
+        self.log.ends(getattr(output, "past_key_values", None))
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what one forward needed."""
+        self.groups, self.stages, self.stream, self.deepstack, self.armed = [], set(), None, None, []
+
+    def close(self) -> None:
+        """Let go of everything but the log."""
+        self.forget()
+        self.probe.run = self.prompt = self.words = None
+
+
+def _uses_cache(kwargs: dict[str, Any], language_model: Any) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(language_model.config.use_cache if use_cache is None else use_cache)

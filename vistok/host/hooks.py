@@ -1,0 +1,48 @@
+"""What a session puts into somebody else's model, and the promise that it comes out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Hooks:
+    """Hooks on modules and shadowed methods, all taken out by ``remove`` (in any state, any number of times)."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """``hook(module, args, kwargs)`` runs before ``module``; it may return new (args, kwargs)."""
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+        """``hook(module, args, output)`` runs after ``module``; it may return a new output. ``always``: also when the
+        module raised (the output is then None)."""
+        self._undo.append(module.register_forward_hook(hook, always_call=always).remove)
+
+    def watch(self, owner: Any, method: str, before: Callable[..., None]) -> None:
+        """Call ``before(*args, **kwargs)`` whenever ``owner.method(...)`` is called.
+
+        For what no module sees, such as the picture sizes given to ``get_image_features``. The method is shadowed on
+        the instance; class and code stay as they are.
+        """
+        call = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before(*args, **kwargs)
+            return call(*args, **kwargs)
+
+        # generate() reads the signature of get_image_features to know which inputs it takes.
+        watched.__wrapped__ = call  # type: ignore[attr-defined]
+        shadowed = owner.__dict__.get(method)
+        owner.__dict__[method] = watched
+        self._undo.append(
+            lambda: owner.__dict__.pop(method, None) if shadowed is None else owner.__dict__.update({method: shadowed})
+        )
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()

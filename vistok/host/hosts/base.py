@@ -1,0 +1,116 @@
+"""What the host has to know of a family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vistok.host.hooks import Hooks
+from vistok.host.layout import Layout
+from vistok.host.vision import Probe, Tap, VisionRun
+
+
+class UnsupportedModel(ValueError):
+    """The model, or this configuration of it, cannot be served (yet); the message says what and why."""
+
+
+class Host:
+    """Where things are in one family of models. One small subclass a family; everything else is shared."""
+
+    merge = 1
+    """Encoder patches that one token of the language model is made of."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.base: Any = model.model
+        self.language_model: Any = self.base.language_model
+        self.layers: nn.ModuleList = self.language_model.layers
+        self.head: Any = model.get_output_embeddings()
+        if len(devices := {str(p.device) for p in model.parameters()}) > 1:
+            raise UnsupportedModel(
+                f"{type(model).__name__} spread over {', '.join(sorted(devices))}: not supported yet; put it on one"
+            )
+        if "sliding_attention" in (getattr(self.language_model.config, "layer_types", None) or ()):
+            raise UnsupportedModel(
+                f"{type(model).__name__} with sliding-window layers in its language model: not supported yet: a window "
+                "counts tokens that may have been dropped"
+            )
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def image_token(self) -> int:
+        return self.model.config.image_token_id
+
+    # The vision encoder -------------------------------------------------------------------------------------------
+
+    @property
+    def tower(self) -> Any:
+        """The vision encoder."""
+        return self.base.vision_tower
+
+    @property
+    def projector(self) -> Any:
+        """What maps encoder features to tokens of the language model."""
+        return self.base.multi_modal_projector
+
+    @property
+    def blocks(self) -> Any:
+        """The layers of the vision encoder."""
+        return self.tower.encoder.layers
+
+    def tap(self, layer: int) -> Tap:
+        """How to get queries and keys of an encoder layer."""
+        raise NotImplementedError
+
+    def watch(self, hooks: Hooks, probe: Probe, keep_features: bool) -> None:
+        """Hook the encoder so that ``probe.run`` holds the last run; its ``features`` only if ``keep_features``."""
+        hooks.before(self.tower, lambda module, args, kwargs: self._begin(probe, args, kwargs))
+
+        def projecting(module: Any, args: Any, kwargs: Any) -> None:
+            run = probe.run
+            if run is None or run.rows:  # later calls are our own, see project()
+                return
+            run.rows = args[0].shape[:-1].numel()
+            if keep_features:
+                run.features = self.patch_rows(args[0].detach(), run)
+
+        hooks.before(self.projector, projecting)
+
+    def _begin(self, probe: Probe, args: Any, kwargs: Any) -> None:
+        probe.run = VisionRun(call=self.call_of(args, kwargs))
+
+    def call_of(self, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What ``layouts`` has to know of a call of the vision encoder."""
+        return {"units": (args[0] if args else kwargs["pixel_values"]).shape[0]}
+
+    def patch_rows(self, features: Tensor, run: VisionRun) -> Tensor:
+        """(S, Dv) flat over patches, of what the projector was given."""
+        return features.flatten(0, -2)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """(B, K, g * Dv) encoder-space tokens through the model's own projector: (B, K, D)."""
+        return self.projector(tokens)
+
+    def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
+        """The layout of each picture of the run, in the order of the prompt, whose image placeholders are ``visual``
+        (B, T) bool."""
+        raise NotImplementedError
+
+    def vision_flops(self, run: VisionRun) -> int:
+        """Floating-point operations of the encoder and the projector in a run (conventions of vistok.core.flops)."""
+        raise NotImplementedError
+
+
+def square(tokens: int, what: str) -> tuple[int, int]:
+    """(side, side) of a square of ``tokens``; UnsupportedModel naming ``what`` if it is none."""
+    side = int(tokens**0.5)
+    if side * side != tokens:
+        raise UnsupportedModel(
+            f"{what}: {tokens} patches make no square grid; pictures of other shapes are not supported"
+        )
+    return side, side

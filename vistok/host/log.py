@@ -1,0 +1,157 @@
+"""What a session counts: pictures, milliseconds, floating-point operations, bytes of the KV cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vistok.core import flops
+from vistok.host.hooks import Hooks
+from vistok.host.hosts import Host
+from vistok.host.pictures import Group, Picture
+from vistok.host.vision import Probe
+
+Mark = float | torch.cuda.Event
+
+
+class Log:
+    """Counts since the last run of the vision encoder; a later turn without a picture adds to it."""
+
+    def __init__(self, host: Host, probe: Probe) -> None:
+        self.host, self.probe = host, probe
+        self.pictures: list[Picture] = []
+        self.kv_bytes = 0
+        self.flops: dict[str, int] = {}
+        self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
+        self._cuda = next(host.model.parameters()).is_cuda
+        self._stage = ""
+        self._start: Mark | None = None
+        self._vision: Mark | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.flops = {"vision": 0, "prefill": 0, "decode": 0}
+        self._spans = {name: [] for name in ("vision", "select", "inside", "prefill", "decode")}
+
+    # Time ------------------------------------------------------------------------------------------------------------
+
+    def _mark(self) -> Mark:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # read later: marking does not make the host wait for the device
+        event.record()
+        return event
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = self._mark()
+        yield
+        self._spans[name].append((start, self._mark()))
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """By stage; prefill and decode are the language model's layers, without selection and without the head."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        spent = {name: sum(_between(a, b) for a, b in spans) for name, spans in self._spans.items()}
+        inside = spent.pop("inside")
+        spent["select"] += inside
+        spent["prefill"] -= inside
+        return spent
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def watch(self, hooks: Hooks) -> None:
+        def encodes(module: Any, args: Any, kwargs: Any) -> None:
+            self._clear()
+            self._vision = self._mark()
+
+        def encoded(module: Any, args: Any, output: Any) -> None:
+            if self._vision is not None:  # the projector may be the encoder's last part or come after it
+                self._spans["vision"] = [(self._vision, self._mark())]
+
+        def reads(module: Any, args: Any, kwargs: Any) -> None:
+            rows = args[0].shape[:-1].numel()
+            self.flops[self._stage or "prefill"] += flops.linear(rows, *reversed(module.weight.shape))
+
+        hooks.before(self.host.tower, encodes)
+        hooks.after(self.host.tower, encoded)
+        hooks.after(self.host.projector, encoded)
+        hooks.before(self.host.head, reads)
+
+    def leaves_encoder(self) -> None:
+        """The encoder is through; what runs of it (the projector) from now on is selection."""
+        if self._vision is not None and self.probe.run is not None:
+            self.flops["vision"] = self.host.vision_flops(self.probe.run)
+        self._vision = None
+
+    # The language model ----------------------------------------------------------------------------------------------
+
+    def starts(self, stage: str) -> None:
+        """The language model is about to run its ``stage``, "prefill" or "decode"."""
+        self._stage, self._start = stage, self._mark()
+
+    def enters(self, layer: Any, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Decoder layer ``number`` is about to run on ``hidden`` (B, T, D)."""
+        cache = kwargs.get("past_key_values")
+        past = held(cache, number)
+        config = self.host.language_model.config
+        self.flops[self._stage] += hidden.shape[0] * flops.transformer_layer(
+            hidden.shape[1],
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            head_dim=layer.self_attn.head_dim,
+            kv_heads=config.num_key_value_heads,
+            gated=True,
+            keys=hidden.shape[1] + past,
+        )
+
+    def ends(self, cache: Cache | None) -> None:
+        if self._start is not None:
+            self._spans[self._stage].append((self._start, self._mark()))
+        self._start = None
+        self.kv_bytes = sum(
+            t.numel() * t.element_size()
+            for layer in (cache.layers if cache is not None else ())
+            for t in (layer.keys, layer.values)
+            if t is not None
+        )
+
+    # Pictures --------------------------------------------------------------------------------------------------------
+
+    def sees(self, pictures: Iterable[Picture]) -> None:
+        self.pictures = sorted(pictures, key=lambda p: (p.row, p.index))
+
+    def left_at(self, layer: int, groups: list[Group]) -> None:
+        """After the stage before decoder layer ``layer``."""
+        left = {
+            (place.prompt, place.index): group.positions[i]
+            for group in groups
+            for i, place in enumerate(group.places)
+            if not place.copy
+        }
+        for picture in self.pictures:
+            positions = left[picture.row, picture.index]
+            picture.layers[layer] = len(positions)
+            picture.layer_keep[layer] = positions
+
+
+def held(cache: Cache | None, layer: int) -> int:
+    """Keys that a layer holds."""
+    if cache is None or layer >= len(cache.layers) or cache.layers[layer].keys is None:
+        return 0
+    keys = cache.layers[layer].keys
+    return keys.shape[-2] if keys.numel() else 0
+
+
+def _between(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return (end - start) * 1e3  # type: ignore[operator]
+    return start.elapsed_time(end)

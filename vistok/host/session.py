@@ -1,0 +1,179 @@
+"""A method in a model, for as long as a ``with`` lasts; and what it did there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from PIL import Image
+from torch import nn
+
+from vistok.host.engine import Engine, Position
+from vistok.host.hooks import Hooks
+from vistok.host.hosts import host_of
+from vistok.host.keep import Keep, check_keep
+from vistok.host.overlay import overlay
+from vistok.host.pictures import Picture
+from vistok.host.reducer import Reducer
+
+_ACTIVE: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+Method = str | Reducer
+
+
+class Session:
+    """Made by ``apply``. The method is in the model inside the ``with`` and gone after it, also after an exception.
+
+    Everything it tells is of the last prompt with pictures and of what was generated from it since.
+    """
+
+    def __init__(
+        self, model: nn.Module, methods: Sequence[Reducer], keep: Keep | Sequence[Keep], position: Position
+    ) -> None:
+        self.model = model
+        self.methods = tuple(methods)
+        self._host = host_of(model)
+        self._engine = Engine(self._host, self.methods, keep, position)
+        self._log = self._engine.log
+        self._hooks = Hooks()
+
+    def __enter__(self) -> Session:
+        if self.model in _ACTIVE:
+            raise RuntimeError(
+                f"apply: this {type(self.model).__name__} already has a method in it; leave that `with` first, or give "
+                "both methods to one apply as a list"
+            )
+        try:
+            self._engine.install(self._hooks)
+        except BaseException:
+            self._hooks.remove()
+            raise
+        _ACTIVE[self.model] = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hooks.remove()
+        self._engine.close()
+        _ACTIVE.pop(self.model, None)
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """One record a picture, by row of the batch and order in the prompt."""
+        return self._log.pictures
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens of all pictures before the method."""
+        return sum(picture.tokens_in for picture in self.pictures)
+
+    @property
+    def tokens_kept(self) -> int:
+        """Visual tokens that the language model was given."""
+        return sum(picture.tokens_kept for picture in self.pictures)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of encoder, projector, language model and head, from shapes (conventions of
+        ``vistok.core.flops``), all rows of the batch; the selection's own are not counted."""
+        return sum(self._log.flops.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache after the last forward."""
+        return self._log.kv_bytes
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """{"vision", "select", "prefill", "decode"}: encoder and projector; evidence and methods; the language model
+        on the prompt; and on the tokens after it."""
+        return self._log.milliseconds
+
+    def overlay(self, image: Image.Image, picture: int = 0, fit: Literal["stretch", "crop"] = "stretch") -> Image.Image:
+        """``image`` with the places of dropped tokens darkened and those of merged ones tinted, one tint for each.
+
+        ``picture``: which of ``pictures`` it is. ``fit``: how the model's processor brought it to a square, by
+        "stretch" (also right for pictures in crops and for dynamic resolution) or by centre "crop".
+        """
+        if not 0 <= picture < len(self.pictures):
+            raise ValueError(f"picture: got {picture}, the last prompt had {len(self.pictures)} pictures")
+        return overlay(image, self.pictures[picture], fit)
+
+    def report(self) -> dict[str, Any]:
+        """All of it as plain numbers, strings and lists."""
+        return {
+            "model": type(self.model).__name__,
+            "methods": [repr(method) for method in self.methods],
+            "tokens_in": self.tokens_in,
+            "tokens_kept": self.tokens_kept,
+            "flops": self.flops,
+            "flops_by_stage": dict(self._log.flops),
+            "kv_bytes": self.kv_bytes,
+            "milliseconds": self.milliseconds,
+            "pictures": [picture.report() for picture in self.pictures],
+        }
+
+
+def apply(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    keep: Keep | Sequence[Keep] = 0.25,
+    *,
+    position: Position | None = None,
+    **hyper: Any,
+) -> Session:
+    """Put a token reducer into a vision-language model of ``transformers``, for the length of a ``with``.
+
+        with vistok.apply(model, "fastervlm", keep=64) as session:
+            output = model.generate(**inputs)
+        print(session.tokens_kept, session.milliseconds)
+
+    ``method``: the name of a system, a Reducer, or a list of them: each then works on what the one before it left.
+    ``keep``: tokens left of each picture, as a count (int >= 1) or a share in (0, 1] (float); for staged methods the
+    mean over the decoder's layers. With several methods it is what the last one leaves, and those before it keep equal
+    shares of what they are given; or a list with one ``keep`` for each method. ``position``: "keep" leaves the tokens
+    that stay at their original positions, "recompact" closes the gaps; None: as the method says, which is "keep" unless
+    its paper closes them. ``hyper``: hyper-parameters of a method given by name.
+
+    Logits and hidden states of a prompt are those of the tokens that are left. ``labels``, videos and models spread
+    over several devices are not supported. A cache that was filled inside goes on working outside where no row is
+    padded and all layers hold the same tokens, and raises RuntimeError elsewhere; inside a later ``with`` it always
+    works.
+
+    Raises ``UnsupportedModel`` for models it does not know, ``ValueError`` for wrong arguments (a ``keep`` beyond the
+    picture's tokens shows when the picture comes) and ``RuntimeError`` on entering a model that has a method in it.
+    """
+    methods = [method] if isinstance(method, (str, Reducer)) else list(method)
+    if not methods:
+        raise ValueError("method: got an empty list, must be a name, a Reducer or a list of them")
+    if isinstance(keep, Sequence):
+        if len(keep) != len(methods):
+            raise ValueError(
+                f"keep: got {len(keep)} values for {len(methods)} methods, must be one each or a single one"
+            )
+        keep = [check_keep(k) for k in keep]
+    else:
+        keep = check_keep(keep)
+    if position not in ("keep", "recompact", None):
+        raise ValueError(f"position: got {position!r}, must be 'keep', 'recompact' or None")
+    if hyper and (len(methods) > 1 or not isinstance(methods[0], str)):
+        raise ValueError(
+            f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the Reducer"
+        )
+    reducers = [_reducer(m, hyper) for m in methods]
+    if position is None:
+        position = "recompact" if any(reducer.position == "recompact" for reducer in reducers) else "keep"
+    return Session(model, reducers, keep, position)
+
+
+def _reducer(method: Method, hyper: dict[str, Any]) -> Reducer:
+    if isinstance(method, str):
+        from vistok import catalogue
+
+        method = catalogue.create(method, **hyper)
+    if not isinstance(method, Reducer):
+        raise ValueError(f"method: got {method!r}, must be the name of a reducer, a Reducer or a list of them")
+    return method
