@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/vistok compare --samples --out out
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Time to the first token with fewer visual tokens: every reducer against dense and against the bound.
 
-The model has random weights: a 336 px picture in 14 px patches (576 visual tokens), CLIP tower and Llama decoder both of
-width 512 with 12 layers, and LLaVA's own classes. *dense* is the model as it is. The *bound* is the same model whose
+The model has random weights: a 336 px picture in 14 px patches (576 visual tokens), CLIP tower and Llama decoder both
+of width 512 with 12 layers, and LLaVA's own classes. *dense* is the model as it is. The *bound* is the same model whose
 language model is handed K tokens of the picture by hand, with no vistok in it: nothing that selects can be faster. All
 are measured in turn in one run (A B C A B C ...), the first round is not counted, medians are reported.
 

@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small tensors: threads of one test wait for one another and for those of the other worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "vistok", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]

@@ -53,6 +53,8 @@ def test_split_budget_always_adds_up(weights, total, room):
     [
         ([1, 1, 1], 8, None, [3, 3, 2]),  # equal remainders: the lower index first
         ([0.1, 0.1, 0.1], 3, None, [1, 1, 1]),
+        ([1, 2, 12], 27, None, [2, 4, 21]),  # remainders of 4/5, 3/5, 3/5: equal, although rounded differently
+        ([4, 9, 2], 36, None, [10, 21, 5]),  # 3/5, 3/5, 4/5
         ([6, 3, 1], 10, None, [6, 3, 1]),
         ([8, 1, 1], 10, [4, 9, 9], [4, 3, 3]),  # what the first cannot take goes to the others
         ([1, 0, 0], 5, [2, 9, 9], [2, 2, 1]),  # weight 0 only once the others are full

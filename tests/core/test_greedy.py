@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vistok.core.score import cosine
 from vistok.core.tensors import unit
 
 
-def starts(case: Case, of_length: bool = True) -> list[int]:
+def starts(case: Case) -> list[int]:
     """The longest real row of each picture."""
     x = case.x.tolist()
     return [oracle.best(case.real(b), lambda i, b=b: oracle.dot(x[b][i], x[b][i])) for b in range(len(x))]
@@ -81,7 +82,8 @@ def test_facility_location(case: Case, text_rows: int, image_rows: int):
     """One or two stacked matrices, entries of any sign, few values: all gains tie often, and saturate."""
     b, n = case.mask.shape
     parts = [case.whole(b, text_rows, n), case.whole(b, image_rows, n)]
-    picks = greedy.facility_location(parts, case.k, ~case.mask)
+    with patch.object(greedy, "LAZY_START", 1):  # else so few columns would all be evaluated at once
+        picks = greedy.facility_location(parts, case.k, ~case.mask)
     for p, row in enumerate(picks.tolist()):
         rows = torch.cat(parts, 1)[p].tolist()
         assert row == oracle.cover(rows, case.real(p), case.k)
@@ -161,6 +163,9 @@ def test_dpp_past_the_rank_takes_the_lowest_index():
     assert greedy.greedy_dpp_features(x[None], 5).tolist() == [[0, 2, 4, 1, 3]]
     assert greedy.greedy_dpp(torch.eye(4)[None], 4).tolist() == [[0, 1, 2, 3]]
     assert greedy.greedy_dpp(torch.zeros(1, 3, 3), 3).tolist() == [[0, 1, 2]]
+    flat = torch.randn(1, 40, 3)  # rank 3: what rounding leaves of the others is no volume
+    for picks in (greedy.greedy_dpp_features(flat, 9)[0].tolist(), greedy.greedy_dpp(cosine(flat), 9)[0].tolist()):
+        assert picks[3:] == [i for i in range(40) if i not in picks[:3]][:6]
     with pytest.raises(ValueError, match="kernel"):
         greedy.greedy_dpp(torch.zeros(3, 3), 1)
 
@@ -190,3 +195,11 @@ def test_half_precision_is_computed_in_single(dtype):
     x = torch.randn(2, 50, 16).to(dtype)
     for name in ("farthest_points", "max_sum", "greedy_dpp_features"):
         assert torch.equal(getattr(greedy, name)(x, 12), getattr(greedy, name)(x.float(), 12))
+
+
+def test_inputs_that_require_gradients():
+    x = torch.randn(2, 30, 8, requires_grad=True)
+    for name in ("farthest_points", "max_sum", "greedy_dpp_features"):
+        assert torch.equal(getattr(greedy, name)(x, 12), getattr(greedy, name)(x.detach(), 12))
+    for name in ("facility_location", "greedy_dpp"):
+        assert torch.equal(getattr(greedy, name)(cosine(x), 12), getattr(greedy, name)(cosine(x).detach(), 12))

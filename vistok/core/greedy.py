@@ -1,12 +1,17 @@
 """Greedy set selections: each step adds the token that is best given those already chosen.
 
 * ``farthest_points``: max-min diversity, the farthest-first traversal (Gonzalez 1985), within factor 2 of the best
-  k-center radius. * ``max_sum``: least total similarity to the chosen ones (ToDRE). * ``facility_location``: coverage;
-  greedy is within 1 - 1/e of the optimum (Nemhauser, Wolsey, Fisher 1978), run lazily (Minoux 1978). * ``greedy_dpp``:
-  MAP of a determinantal point process by an incremental Cholesky factor (Chen, Zhang, Zhou, arXiv 1709.05135).
+  k-center radius.
+* ``max_sum``: least total similarity to the chosen ones (ToDRE).
+* ``facility_location``: coverage (MMTok); greedy is within 1 - 1/e of the optimum (Nemhauser, Wolsey, Fisher 1978),
+  run lazily (Minoux 1978).
+* ``greedy_dpp``: MAP of a determinantal point process by an incremental Cholesky factor (Chen, Zhang, Zhou,
+  arXiv 1709.05135).
 
-Cost: the similarity rows of the picks are all that is needed of the N x N matrix. Where many rows are asked for the
+Cost: the similarity rows of the picks are all that is needed of the N x N matrix. Where many rows are asked for, the
 whole (symmetric) matrix is still cheaper, since a matrix product reads the features once; see ``similarity_rows``.
+(Guessing the next picks, to multiply several rows at a time, was tried and is no faster at N = 576, K = 64.)
+A choice has no gradient: inputs that require one are taken as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ def similarity_rows(x: Tensor, k: int) -> Callable[[Tensor], Tensor]:
     For ``k`` calls. From about N / 16 of them on the Gram matrix is computed first (N x N memory, at most 4096 tokens);
     below, each call reads all features.
     """
+    x = x.detach()
     n = x.shape[1]
     if 16 * k >= n and n <= 4096:
         products = gram(x)
@@ -69,9 +75,9 @@ def farthest_points(
         return picks
     pick = _first(x, start, mask)
     if metric == "cosine":
-        x = unit(x)
+        x = unit(x.detach())
     elif metric == "euclidean":
-        x = upcast(x)
+        x = upcast(x.detach())
     else:
         raise ValueError(f"metric: got {metric!r}, must be 'euclidean' or 'cosine'")
     products = similarity_rows(x, k)
@@ -100,7 +106,7 @@ def max_sum(x: Tensor, k: int, start: Tensor | None = None, mask: Tensor | None 
     if not k:
         return picks
     pick = _first(x, start, mask)
-    x = unit(x)
+    x = unit(x.detach())
     products = similarity_rows(x, k)
     total = x.new_zeros(b, n) if mask is None else x.new_zeros(b, n).masked_fill_(~mask, torch.inf)
     for step in range(k):
@@ -126,7 +132,7 @@ def facility_location(matrices: Tensor | Sequence[Tensor], k: int, exclude: Tens
     if not parts:
         raise ValueError("matrices: got no rows to cover, at least one matrix (B, R, N) with R > 0 is needed")
     # Columns become contiguous, since single columns are read.
-    columns = torch.cat([upcast(m).transpose(1, 2) for m in parts], 2)
+    columns = torch.cat([upcast(m.detach()).transpose(1, 2) for m in parts], 2)
     b, n, r = columns.shape
     check_k(k, n, None if exclude is None else ~exclude)
     picks = torch.empty(b, k, dtype=torch.int64, device=columns.device)
@@ -182,41 +188,43 @@ def greedy_dpp(kernel: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """
     if kernel.dim() != 3 or kernel.shape[1] != kernel.shape[2]:
         raise ValueError(f"kernel: got shape {tuple(kernel.shape)}, must be (B, N, N)")
-    kernel = upcast(kernel)
+    kernel = upcast(kernel.detach())
     every = torch.arange(len(kernel), device=kernel.device)
     return _dpp(kernel.diagonal(dim1=1, dim2=2), lambda pick: kernel[every, pick], k, mask)
 
 
 def greedy_dpp_features(features: Tensor, k: int, quality: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """``greedy_dpp`` of the kernel ``q_i q_j cos(x_i, x_j)`` of ``features`` (B, N, D) and ``quality`` (B, N) > 0."""
-    x = unit(features)
-    diagonal = x.ne(0).any(2).to(x.dtype)  # of cosines, exactly: rounding must not break the tie of the first pick
+    x = unit(features.detach())
+    # The diagonal of cosines is exactly 1 (0 for zero rows): rounding must not break the tie of the first pick.
+    diagonal = (length(features) > 0).to(x.dtype)
     if quality is not None:
-        x = x * quality.to(x.dtype).unsqueeze(-1)
-        diagonal = diagonal * quality.to(x.dtype).square()
+        x = x * quality.detach().to(x.dtype).unsqueeze(-1)
+        diagonal = diagonal * quality.detach().to(x.dtype).square()
     return _dpp(diagonal, similarity_rows(x, k), k, mask)
 
 
 def _dpp(diagonal: Tensor, kernel_row: Callable[[Tensor], Tensor], k: int, mask: Tensor | None) -> Tensor:
     b, n = diagonal.shape
     check_k(k, n, mask)
-    volume = diagonal.clone()  # what each token would add: its squared distance to the span of the chosen ones
+    volume = diagonal if mask is None else diagonal.masked_fill(~mask, 0)
+    # ``volume`` is what each token would add, its squared distance to the span of the chosen ones; below ``floor`` it
+    # is rounding noise and counts as 0. ``spent`` stands in for it then: 0, or -inf where a token is chosen or padded.
     floor = volume.amax(1, keepdim=True) * torch.finfo(volume.dtype).eps * n if n else volume
-    barred = torch.zeros_like(volume) if mask is None else torch.zeros_like(volume).masked_fill_(~mask, -torch.inf)
+    spent = torch.zeros_like(volume) if mask is None else torch.zeros_like(volume).masked_fill_(~mask, -torch.inf)
     factor = volume.new_zeros(b, k, n)
     picks = torch.empty(b, k, dtype=torch.int64, device=volume.device)
     for step in range(k):
-        volume = torch.where(volume > floor, volume, 0)  # rounding noise, not volume
-        pick = (volume + barred).argmax(1)
+        own, pick = torch.where(volume > floor, volume, spent).max(1)
         picks[:, step] = pick
-        barred.scatter_(1, pick[:, None], -torch.inf)
-        own = volume.gather(1, pick[:, None])
+        spent.scatter_(1, pick[:, None], -torch.inf)
         row = kernel_row(pick)
         if step:
             done = factor[:, :step]
             mine = done.gather(2, pick[:, None, None].expand(-1, step, 1))
             row = row - torch.bmm(mine.transpose(1, 2), done)[:, 0]
-        row = torch.where(own > 0, row * own.clamp_min(torch.finfo(own.dtype).tiny).rsqrt(), 0)
+        row = row * torch.where(own > 0, own.rsqrt(), 0)[:, None]
         factor[:, step] = row
-        volume = volume - row.square()
+        volume = torch.addcmul(volume, row, row, value=-1)
+        volume.scatter_(1, pick[:, None], 0)
     return picks

@@ -78,7 +78,7 @@ def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
     a = unit(x)
     if y is not None:
         return torch.bmm(a, unit(y).transpose(1, 2))
-    own = a.ne(0).any(2).to(a.dtype)
+    own = (length(x) > 0).to(a.dtype)
     return torch.diagonal_scatter(gram(a), own, dim1=1, dim2=2)
 
 

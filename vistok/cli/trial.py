@@ -1,0 +1,67 @@
+"""``vistok try``: measure what a paper claims, here and now."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vistok import catalogue
+from vistok.cli.console import Json, Seed, UserError, console, emit, progress, show_rows
+from vistok.cli.options import Model, load_model
+
+COLUMNS = {
+    "system": "system",
+    "metric": "metric",
+    "baseline": "baseline",
+    "value": "with it",
+    "result": "the claim",
+    "seconds": "seconds",
+}
+
+
+def trial(
+    slug: Annotated[str, typer.Argument(metavar="SLUG", help="A system that `vistok systems` lists, or all.")],
+    model: Model = "vistok-tiny",
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=1, max=100_000, help="Held-out pictures, eight questions each.")
+    ] = 32,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Measure a system's claim on this machine, with and without the system."""
+    cards = catalogue.systems() if slug.strip() == "all" else [catalogue.card(slug)]
+    loaded, processor = load_model(model)
+    from vistok.bench.trial import WorldTrial, try_system
+
+    measure = WorldTrial(model, pictures, seed)
+    measure.model, measure.processor = loaded, processor
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with progress() as bar:
+        for card in bar.track(cards, description="measuring"):
+            try:
+                row = try_system(card.slug, measure)
+            except ValueError as error:
+                if len(cards) == 1:
+                    raise
+                failed.append(card.slug)
+                console(stderr=True).print(f"{card.slug} cannot be measured: {error}", markup=False)
+                continue
+            rows.append(row)
+            if as_json:
+                emit(row)
+    if not as_json:
+        _print(rows)
+    if failed:
+        raise UserError("--model", model, f"cannot serve {', '.join(failed)}")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    if len(rows) == 1:
+        console().print(f"claim: {rows[0]['claim']}", markup=False)
+    result = {True: "held", False: "did not hold at this scale"}
+    show_rows([{**row, "result": result[row["holds"]]} for row in rows], COLUMNS)
+    for row in rows:
+        if row["note"]:
+            console().print(f"{row['system']}: {row['note']}", markup=False)
