@@ -77,7 +77,7 @@ def test_a_packed_question_is_asked_as_in_deployment(module: str) -> None:
         prefix = recipe.prefix(model, batch.pixels, processor.tokenizer.bos_token_id)
         seen: list[torch.Tensor] = []
         hook = model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out))
-        language_loss(model, prefix, batch)
+        language_loss(model, prefix, batch, 1.0, torch.Generator())
         hook.remove()
         asked = picture.questions[3]
         inputs = encode(processor, [picture.pil()], [asked.text])
@@ -88,11 +88,31 @@ def test_a_packed_question_is_asked_as_in_deployment(module: str) -> None:
     torch.testing.assert_close(seen[0][first], deployed, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("module", RECIPES)
+def test_dropped_tokens_leave_the_others_where_they_were(module: str) -> None:
+    recipe = recipe_of(module)
+    model, processor = recipe.build()
+    pixels = torch.stack([torch.from_numpy(make("scenes", s, recipe.image_size).image.copy()) for s in range(2)])
+    with torch.no_grad():
+        prefix = recipe.prefix(model, pixels, processor.tokenizer.bos_token_id)
+    embeds, positions = prefix.take(0.25, torch.Generator().manual_seed(1))
+    around = prefix.embeds.shape[1] - len(range(prefix.embeds.shape[1])[prefix.visual])
+    assert embeds.shape[1] == round(0.25 * recipe.grid**2) + around
+    axes = positions[None] if positions.ndim == 2 else positions
+    whole = prefix.positions[None] if prefix.positions.ndim == 2 else prefix.positions
+    for row in range(2):
+        places = [int((prefix.embeds[row] == token).all(-1).nonzero()[0, 0]) for token in embeds[row]]
+        assert places == sorted(set(places))
+        assert torch.equal(axes[:, row], whole[:, row, places])
+    everything, same = prefix.take(1.0, torch.Generator())
+    assert torch.equal(everything, prefix.embeds) and torch.equal(same, prefix.positions)
+
+
 def tiny_recipe() -> Recipe:
     stage = Stage("patches", steps=2, batch_size=2, peak_lr=1e-3, language=False, tasks=(("scenes", 1.0),))
     return replace(
         recipe_of("vistok_tiny"),
-        stages=(stage, replace(stage, name="questions", steps=3, language=True)),
+        stages=(stage, replace(stage, name="questions", steps=3, language=True, drop=0.5)),
         questions=3,
         warmup=1,
     )

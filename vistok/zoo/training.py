@@ -44,6 +44,8 @@ class Stage:
     """False: patch labels only, the language model is not run. True: packed questions, patch labels at a low weight."""
     tasks: tuple[tuple[str, float], ...]
     """(task of the world, share of the pictures)"""
+    drop: float = 0.0
+    """Share of the steps at which the pictures lose a random part of their visual tokens, 0 to 90%."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,29 @@ class Prefix:
     """(B, P, D)"""
     positions: Tensor
     """(B, P) or, for multimodal rotary positions, (3, B, P)"""
+    visual: slice
+    """Which of the P are the picture's tokens."""
     patches: Tensor
     """(B, N, Dv) vision features a patch of the label grid, as they feed the projector"""
     summary: Tensor
     """(B, Dv) the vision tower's picture-level state (class token, or mean of the patches)"""
+
+    @property
+    def next_position(self) -> Tensor:
+        """(B, 1): where the text goes on."""
+        last = self.positions.amax(dim=-1, keepdim=True)
+        return (last.amax(dim=0) if last.ndim == 3 else last) + 1
+
+    def take(self, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Embeddings and positions with a random ``share`` of each picture's tokens, each at its own position."""
+        batch, length = self.embeds.shape[:2]
+        every = torch.arange(length)
+        tokens = every[self.visual]
+        kept = torch.rand(batch, len(tokens), generator=rng).argsort(1)[:, : max(1, round(share * len(tokens)))]
+        ends = [part.expand(batch, -1) for part in (every[: self.visual.start], every[self.visual.stop :])]
+        index = torch.cat([ends[0], tokens[kept.sort(1).values], ends[1]], 1).to(self.embeds.device)
+        embeds = self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1]))
+        return embeds, self.positions.gather(-1, index.expand(*self.positions.shape[:-1], -1))
 
 
 @dataclass(frozen=True)
@@ -144,19 +165,19 @@ class LabelHeads(nn.Module):
         return loss
 
 
-def language_loss(model: PreTrainedModel, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy of the answers' tokens, share of them that are right)."""
+def language_loss(
+    model: PreTrainedModel, prefix: Prefix, batch: Batch, share: float, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy of the answers' tokens, how many are right), from ``share`` of the visual tokens."""
     text = model.get_input_embeddings()(batch.text)
-    start = prefix.positions.amax(dim=-1, keepdim=True) + 1
-    if prefix.positions.ndim == 3:
-        start = start.amax(dim=0, keepdim=True)
-    positions = torch.cat([prefix.positions, (batch.position + start).expand(*prefix.positions.shape[:-1], -1)], dim=-1)
+    embeds, positions = prefix.take(share, rng)
+    later = (batch.position + prefix.next_position).expand(*positions.shape[:-1], -1)
     hidden = model.model.language_model(
-        inputs_embeds=torch.cat([prefix.embeds.to(text.dtype), text], dim=1),
-        attention_mask=packed_mask(prefix.embeds.shape[1], batch.segment),
-        position_ids=positions,
+        inputs_embeds=torch.cat([embeds.to(text.dtype), text], dim=1),
+        attention_mask=packed_mask(embeds.shape[1], batch.segment),
+        position_ids=torch.cat([positions, later], dim=-1),
         use_cache=False,
-    ).last_hidden_state[:, prefix.embeds.shape[1] :]
+    ).last_hidden_state[:, embeds.shape[1] :]
     asked = batch.target != IGNORE
     logits = model.lm_head(hidden[asked]).float()
     target = batch.target[asked]
@@ -167,6 +188,12 @@ def relative_error(features: Tensor, target: Tensor) -> Tensor:
     """Squared error over the target's variance: 0 is a copy, 1 is no better than its mean."""
     target = target.float()
     return (features.float() - target).square().mean() / target.var(dim=(0, 1)).mean()
+
+
+def kept_share(stage: Stage, rng: torch.Generator) -> float:
+    """Which share of the visual tokens a step keeps: 1, or with the stage's chance anything from 0.1 on."""
+    chance, share = torch.rand(2, generator=rng).tolist()
+    return 0.1 + 0.9 * share if chance < stage.drop else 1.0
 
 
 class Optimizer:
@@ -253,7 +280,8 @@ def train(
                     loss = loss + 5 * relative_error(prefix.patches, recipe.teach(batch.pixels))
                 right = torch.zeros(())
                 if stage.language:
-                    words, right = language_loss(model, prefix, batch)
+                    rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+                    words, right = language_loss(model, prefix, batch, kept_share(stage, rng), rng)
                     loss = words + recipe.label_weight * loss
             loss.backward()
             nn.utils.clip_grad_norm_(both.parameters(), 1.0)

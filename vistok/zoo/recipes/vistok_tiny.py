@@ -81,15 +81,18 @@ def prefix(model: LlavaForConditionalGeneration, pixels: Tensor, first_token: in
     first = model.get_input_embeddings()(torch.full((len(pixels), 1), first_token, device=pixels.device))
     embeds = torch.cat([first, model.model.multi_modal_projector(patches).to(first.dtype)], dim=1)
     positions = torch.arange(embeds.shape[1], device=pixels.device).expand(len(pixels), -1)
-    return Prefix(embeds, positions, patches, seen.pooler_output)
+    return Prefix(embeds, positions, slice(1, embeds.shape[1]), patches, seen.pooler_output)
 
 
-TASKS = (("scenes", 0.35), ("words", 0.25), ("charts", 0.15), ("forms", 0.25))
+TASKS = (("scenes", 0.4), ("words", 0.2), ("charts", 0.2), ("forms", 0.2))
 RECIPE = Recipe(
     name="vistok-tiny",
     stages=(
         Stage("patches", steps=1000, batch_size=32, peak_lr=2e-3, language=False, tasks=TASKS),
-        Stage("questions", steps=6000, batch_size=16, peak_lr=1.5e-3, language=True, tasks=TASKS),
+        Stage("questions", steps=1900, batch_size=16, peak_lr=1.5e-3, language=True, tasks=TASKS),
+        # A language model that has only ever seen whole pictures takes any gap in them for content: it counts twice, it
+        # repeats a digit. Large models are not like that, and what a method keeps would not show.
+        Stage("fewer tokens", steps=1100, batch_size=16, peak_lr=1e-3, language=True, tasks=TASKS, drop=0.6),
     ),
     image_size=IMAGE_SIZE,
     grid=GRID,

@@ -145,7 +145,7 @@ def prefix(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor, first_toke
     kinds = (ids == config.image_token_id).int()
     positions, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grid.expand(batch, -1))
     embeds = torch.cat([first, start, tokens.to(first.dtype), end], dim=1)
-    return Prefix(embeds, positions, patches=tokens, summary=tokens.mean(1))
+    return Prefix(embeds, positions, slice(2, 2 + tokens.shape[1]), patches=tokens, summary=tokens.mean(1))
 
 
 RECIPE = Recipe(
