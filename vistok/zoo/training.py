@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vistok.world import CHARACTER_LABELS, COLOUR_LABELS, SHAPE_LABELS, derive_seed, make
 
+from .optimizer import Optimizer, load_checkpoint, save_checkpoint
 from .packing import IGNORE, Batch, pack, packed_mask
 
 LARGEST_BATCH = 1024
@@ -191,49 +189,12 @@ def relative_error(features: Tensor, target: Tensor) -> Tensor:
 
 
 def kept_share(stage: Stage, rng: torch.Generator) -> float:
-    """Which share of the visual tokens a step keeps: 1, or with the stage's chance anything from 0.1 on."""
+    """Which share of the visual tokens a step keeps: 1, or with the stage's chance one of 0.1, 0.2, ... 0.9.
+
+    Few shares, since the CPU kernels are compiled and kept for every length of sequence.
+    """
     chance, share = torch.rand(2, generator=rng).tolist()
-    return 0.1 + 0.9 * share if chance < stage.drop else 1.0
-
-
-class Optimizer:
-    """Muon for the matrices of the blocks, AdamW for the rest (embeddings, norms, heads, patch embedding)."""
-
-    def __init__(self, modules: nn.Module, weight_decay: float) -> None:
-        named = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
-        matrices = {n for n, p in named if (p.ndim == 2 and ".layers." in n) or (p.ndim == 2 and ".blocks." in n)}
-        self.parts = {
-            "muon": torch.optim.Muon(
-                [p for n, p in named if n in matrices], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            "adamw": torch.optim.AdamW(
-                [p for n, p in named if n not in matrices], weight_decay=0.0, betas=(0.9, 0.98), fused=True
-            ),
-        }
-
-    def step(self, lr: float) -> None:
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = lr
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"optimizer.{name}.{index}.{key}": torch.as_tensor(value)
-            for name, part in self.parts.items()
-            for index, state in part.state_dict()["state"].items()
-            for key, value in state.items()
-        }
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, part in self.parts.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer.{name}."):
-                    index, field = key.split(".")[2:]
-                    state.setdefault(int(index), {})[field] = value
-            part.load_state_dict({**part.state_dict(), "state": state})
+    return (1 + int(9 * share)) / 10 if chance < stage.drop else 1.0
 
 
 def learning_rate(stage: Stage, step: int, warmup: int) -> float:
@@ -320,24 +281,6 @@ def progress_bar(recipe: Recipe, first: int) -> Iterator[Callable[[dict[str, Any
             bar.update(task, completed=told["step"], description=text)
 
         yield advance
-
-
-def save_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer, step: int) -> None:
-    """Write weights and optimizer state after ``step`` steps; the old checkpoint stays until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.clone() for k, v in modules.state_dict().items()} | optimizer.tensors()
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer) -> int:
-    """Put the state back and return the number of steps that were done."""
-    tensors = load_file(path)
-    modules.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
-    optimizer.load(tensors)
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
 
 
 def save_model(model: PreTrainedModel, processor: ProcessorMixin, out: Path) -> Path:
