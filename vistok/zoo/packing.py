@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerFast
 
 from vistok.world import Picture, patch_labels
@@ -19,6 +20,8 @@ from vistok.world import Picture, patch_labels
 from .tokenizer import CAPTION_PROMPT
 
 IGNORE = -100
+LENGTH_STEP = 16
+"""Text is padded to a multiple of this: the CPU kernels are compiled and kept for every length of sequence."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ def pack(pictures: list[Picture], tokenizer: PreTrainedTokenizerFast, grid: int)
         rows[row].append((ids, torch.full_like(ids, len(rows[row]) + 1), torch.arange(len(ids)), target))
     columns = [[torch.cat(part) for part in zip(*row, strict=True)] for row in rows]
     fill = (tokenizer.pad_token_id, -1, 0, IGNORE)
+    longest = max(len(row[0]) for row in columns)
+    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
     text, segment, position, target = (
-        torch.nn.utils.rnn.pad_sequence([row[i] for row in columns], batch_first=True, padding_value=fill[i])
-        for i in range(4)
+        torch.stack([pad(row[i], (0, length - len(row[i])), value=fill[i]) for row in columns]) for i in range(4)
     )
     by_picture = [patch_labels(picture, grid) for picture in pictures]
     labels = {name: np.stack([one[name].ravel() for one in by_picture]) for name in by_picture[0]}

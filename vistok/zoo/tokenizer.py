@@ -37,7 +37,8 @@ def build_tokenizer(placeholder: tuple[str, ...], others: tuple[str, ...] = ()) 
     A string that is no word of the world falls apart into characters ("KITE": K ##I ##T ##E), so nothing is unknown.
     """
     special = [PAD, UNKNOWN, BOS, EOS, "<user>", "<assistant>", *placeholder, *others]
-    pieces = [*sorted(set(VOCABULARY) | set(CHARACTERS)), *(f"##{c}" for c in CHARACTERS)]
+    words = set(VOCABULARY) | set(CAPTION_PROMPT.split()) | set(CHARACTERS)
+    pieces = [*sorted(words), *(f"##{c}" for c in CHARACTERS)]
     vocabulary = {token: index for index, token in enumerate([*special, *pieces])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=64))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
