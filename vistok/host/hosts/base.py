@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ class UnsupportedModel(ValueError):
     """The model, or this configuration of it, cannot be served (yet); the message says what and why."""
 
 
-class Host:
+class Host(ABC):
     """Where things are in one family of models. One small subclass a family; everything else is shared."""
 
     merge = 1
@@ -63,9 +64,9 @@ class Host:
         """The layers of the vision encoder."""
         return self.tower.encoder.layers
 
+    @abstractmethod
     def tap(self, layer: int) -> Tap:
         """How to get queries and keys of an encoder layer."""
-        raise NotImplementedError
 
     def watch(self, hooks: Hooks, probe: Probe, keep_features: bool) -> None:
         """Hook the encoder so that ``probe.run`` holds the last run; its ``features`` only if ``keep_features``."""
@@ -96,14 +97,14 @@ class Host:
         """(B, K, g * Dv) encoder-space tokens through the model's own projector: (B, K, D)."""
         return self.projector(tokens)
 
+    @abstractmethod
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         """The layout of each picture of the run, in the order of the prompt, whose image placeholders are ``visual``
         (B, T) bool."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vision_flops(self, run: VisionRun) -> int:
         """Floating-point operations of the encoder and the projector in a run (conventions of vistok.core.flops)."""
-        raise NotImplementedError
 
 
 def square(tokens: int, what: str) -> tuple[int, int]:
