@@ -53,5 +53,18 @@ def test_module_states_the_same_card(name):
     """The card that the module builds when it runs differs only in what the registry fills in."""
     stated = importlib.import_module(catalogue.module_of(name)).CARD
     read = vistok.card(name)
-    for field in ("title", "kind", "site", "paper", "repository", "needs", "score", "select", "claim", "departures"):
+    for field in (
+        "title",
+        "kind",
+        "site",
+        "paper",
+        "repository",
+        "needs",
+        "mechanism",
+        "modality",
+        "score",
+        "select",
+        "claim",
+        "departures",
+    ):
         assert getattr(stated, field) == getattr(read, field)

@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from vistok import catalogue
-from vistok.catalogue import Registry
+from vistok.catalogue import Registry, tags
 from vistok.cli.app import app
 
 SYSTEM = '''
 CARD = Card(title="Title [x]", kind="training-free", site="Site", paper="Paper", repository="o/n",
-            needs=("keys",), score="norm", claim="A claim.", departures=("Rounds up.",))
+            mechanism=("similarity",), needs=("keys",), score="norm", claim="A claim.", departures=("Rounds up.",))
 
 @dataclass
 class System:
@@ -38,6 +38,7 @@ def one_system(tmp_path, monkeypatch):
     registry = Registry(tmp_path, "vistok")
     for name in ("systems", "card", "hyper_of", "module_of"):
         monkeypatch.setattr(catalogue, name, getattr(registry, name))
+    monkeypatch.setattr(tags, "systems", registry.systems)
 
 
 @pytest.mark.usefixtures("one_system")
@@ -56,6 +57,25 @@ def test_systems_json_is_one_object_a_line(vistok):
     assert row["slug"] == "some-system"
     assert row["hyper"] == {"layer": -2}
     assert row["claim"] == "A claim."
+
+
+@pytest.mark.usefixtures("one_system")
+@pytest.mark.parametrize(("mechanism", "there"), [("similarity", True), ("query", False)])
+def test_systems_of_a_mechanism(vistok, mechanism, there):
+    assert ("some-system" in vistok("systems", "--mechanism", mechanism, "--json").stdout) == there
+
+
+@pytest.mark.usefixtures("one_system")
+def test_map_by_mechanism_shows_gaps(vistok):
+    rows = {
+        row["mechanism"]: row
+        for row in map(json.loads, vistok("systems", "--by", "mechanism", "--json").stdout.splitlines())
+    }
+    assert list(rows) == list(catalogue.TAGS["mechanism"])
+    assert rows["similarity"]["image"] == ["some-system"] and rows["similarity"]["video"] == []
+    assert rows["query"]["image"] == []
+    (line,) = [line for line in vistok("systems", "--by", "mechanism").stdout.splitlines() if "similarity" in line]
+    assert line.split() == ["similarity", "some-system"]
 
 
 @pytest.mark.usefixtures("one_system")
@@ -80,6 +100,8 @@ def test_show_json(vistok):
     [
         (("show", "fastrvlm"), "unknown system 'fastrvlm'"),
         (("systems", "--family", "nope"), "family: got 'nope', must be one of reduce"),
+        (("systems", "--by", "site"), "by: got 'site', must be one of family, kind, mechanism, modality"),
+        (("systems", "--kind", "free"), "kind: got 'free', must be one of training-free"),
         (("systems", "--nope"), "No such option: --nope"),
         (("show",), "Missing argument"),
         (("sytems",), "unknown command 'sytems', must be one of ask, compare"),

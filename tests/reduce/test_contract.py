@@ -47,6 +47,7 @@ def check(name, given, reduction, keep):
     assert bool((reduction.source >= -1).all()) and bool((reduction.source < k).all())
     assert name in UNANCHORED or anchored(reduction)
     assert bool(reduction.tokens.isfinite().all())
+    assert reduction.carry is None or reduction.carry.shape[:2] == (b, k)
 
 
 def anchored(reduction):
@@ -56,7 +57,8 @@ def anchored(reduction):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(x is y if x is None else torch.equal(x, y) for x, y in pairs)
 
 
 @every

@@ -146,7 +146,7 @@ def test_patch_labels_by_brute_force(size, grid):
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     for picture in sample("all", 16, seed=7, size=size):
         labels = patch_labels(picture, grid)
-        assert set(labels) == {"shape", "colour", "character"}
+        assert set(labels) == {"shape", "colour", "character", "index"}
         assert all(a.shape == (rows, columns) and a.dtype == np.uint8 for a in labels.values())
         for i, j in itertools.product(range(rows), range(columns)):
             where = np.s_[i * size // rows : (i + 1) * size // rows, j * size // columns : (j + 1) * size // columns]
@@ -158,14 +158,15 @@ def test_patch_labels_by_brute_force(size, grid):
                 shape = SHAPE_LABELS.index(best.attributes["shape"] if best.kind == "object" else best.kind)
                 colour = COLOUR_LABELS.index(best.attributes["colour"])
             y, x = (i + 0.5) * size / rows, (j + 0.5) * size / columns
-            character = 0
+            character = index = 0
             for thing in picture.things:
-                for name, (x0, y0, x1, y1) in thing.attributes.get("cells", ()):
+                for at, (name, (x0, y0, x1, y1)) in enumerate(thing.attributes.get("cells", ())):
                     if x0 <= x < x1 and y0 <= y < y1:
+                        index = at + 1
                         character = CHARACTER_LABELS.index(name)
                         if thing.kind == "word":
                             colour = COLOUR_LABELS.index(thing.attributes["colour"])
-            assert labels["character"][i, j] == character
+            assert (labels["character"][i, j], labels["index"][i, j]) == (character, index)
             if picture.task != "charts":
                 assert (labels["shape"][i, j], labels["colour"][i, j]) == (shape, colour)
             elif shape == 0:

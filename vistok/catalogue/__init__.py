@@ -1,6 +1,7 @@
 """What systems there are, and how to get one. Reads cards from source text: importing this imports no torch."""
 
 from vistok.catalogue.card import Card, Claim, Outcome, Trial
+from vistok.catalogue.tags import TAGS, grid, query
 from vistok.catalogue.registry import (
     FAMILIES,
     Registry,
@@ -17,6 +18,7 @@ from vistok.catalogue.source import CardError, Hyper
 
 __all__ = [
     "FAMILIES",
+    "TAGS",
     "Card",
     "CardError",
     "Claim",
@@ -28,8 +30,10 @@ __all__ = [
     "card",
     "claim_of",
     "create",
+    "grid",
     "hyper_of",
     "module_of",
     "names",
+    "query",
     "systems",
 ]

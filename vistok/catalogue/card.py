@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Kind = Literal["training-free", "trained", "control", "measurement"]
+Kind = Literal["training-free", "calibrated", "trained", "control", "measurement"]
+"""calibrated: no weights are trained, but something is fitted or searched once per model."""
+Mechanism = Literal["transformation", "similarity", "attention", "query"]
+Modality = Literal["image", "video", "3d", "audio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,11 @@ class Card:
     """The authors' repository as owner/name, or "" where none was released."""
     needs: tuple[str, ...] = ()
     """What it asks of the host, in words: "class-token attention", "question embeddings", ..."""
+    mechanism: tuple[Mechanism, ...] = ()
+    """What decides which tokens stay, one or more: transformation (a fixed map such as pooling), similarity of visual
+    tokens, attention weights, query (the question's text). () for a control."""
+    modality: Modality = "image"
+    """What the method was made for."""
     score: str = ""
     allocate: str = ""
     select: str = ""

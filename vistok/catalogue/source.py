@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from vistok.catalogue.card import Card, Kind
+from vistok.catalogue.card import Card, Kind, Mechanism, Modality
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -20,6 +20,8 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 _FILLED_IN = ("slug", "family", "hyper")
+_TUPLES = ("needs", "departures", "mechanism")
+_CHOICES = {"kind": get_args(Kind), "mechanism": get_args(Mechanism), "modality": get_args(Modality)}
 
 
 class CardError(ValueError):
@@ -110,18 +112,23 @@ class _Reader:
             if keyword.arg not in known:
                 raise self._error(keyword.value, f"Card has no argument {keyword.arg!r}; it has {', '.join(known)}")
             given[keyword.arg] = self._literal(keyword.value, f"Card({keyword.arg}=...)")
-            wanted = tuple if keyword.arg in ("needs", "departures") else str
+            wanted = tuple if keyword.arg in _TUPLES else str
             strings = given[keyword.arg] if wanted is tuple else (given[keyword.arg],)
             if not isinstance(given[keyword.arg], wanted) or not all(isinstance(s, str) for s in strings):
                 right = "a tuple of strings" if wanted is tuple else "a string"
                 raise self._error(keyword.value, f"{keyword.arg}: got {given[keyword.arg]!r}, must be {right}")
-        if given.get("kind") not in get_args(Kind):
-            raise self._error(call, f"kind: got {given.get('kind')!r}, must be one of {', '.join(get_args(Kind))}")
+        tags = {"kind": (given.get("kind"),), "modality": (given.get("modality", "image"),)}
+        for name, values in {**tags, "mechanism": given.get("mechanism", ())}.items():
+            for value in values:
+                if value not in _CHOICES[name]:
+                    raise self._error(call, f"{name}: got {value!r}, must be one of {', '.join(_CHOICES[name])}")
         if missing := [name for name in ("title", "site", "claim") if not given.get(name)]:
             raise self._error(call, f"the card must say its {', '.join(missing)}")
         given.setdefault("paper", "")
         if not given["paper"] and given["kind"] not in ("control", "measurement"):
             raise self._error(call, "the card must say its paper (only a control has none)")
+        if not given.get("mechanism") and given["kind"] not in ("control", "measurement"):
+            raise self._error(call, f"the card must say its mechanism: {', '.join(_CHOICES['mechanism'])}")
         return Card(**given, slug=slug, family=family, hyper=hyper)
 
     def _hyper(self, node: ast.ClassDef) -> dict[str, Hyper]:

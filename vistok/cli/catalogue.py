@@ -14,10 +14,18 @@ from vistok.cli.console import Json, console, emit, show_rows
 
 def systems(
     family: Annotated[str | None, typer.Option("--family", help="Only this family, e.g. reduce.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="Only this kind, e.g. training-free.")] = None,
+    mechanism: Annotated[str | None, typer.Option("--mechanism", help="Only with this one, e.g. attention.")] = None,
+    modality: Annotated[str | None, typer.Option("--modality", help="Only those made for it, e.g. video.")] = None,
+    by: Annotated[str | None, typer.Option("--by", help="As a map by family, kind, mechanism or modality.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the systems that are implemented."""
-    rows = [asdict(card) for card in catalogue.systems(family)]
+    """List the systems that are implemented, or map them by what decides which tokens stay."""
+    cards = catalogue.query(family=family, kind=kind, mechanism=mechanism, modality=modality)
+    if by is not None:
+        _show_map(cards, by, as_json)
+        return
+    rows = [asdict(card) for card in cards]
     columns = ["slug", "title", "family", "kind", "site", "claim"]
     if as_json:
         show_rows(rows, columns, as_json=True)
@@ -25,6 +33,22 @@ def systems(
     show_rows(_fitted(rows, columns, cut=("title", "site", "claim"), width=console().width), columns)
     counted = "1 system" if len(rows) == 1 else f"{len(rows)} systems"
     console().print(f"{counted}; `vistok show SLUG` tells more, `vistok try SLUG` measures the claim.")
+
+
+def _show_map(cards: list[catalogue.Card], by: str, as_json: bool) -> None:
+    """One row a value of ``by``, one column a modality (a kind where it is by modality); "-" marks a gap."""
+    if by not in catalogue.TAGS:
+        raise ValueError(f"by: got {by!r}, must be one of {', '.join(catalogue.TAGS)}")
+    columns = "kind" if by == "modality" else "modality"
+    cells = catalogue.grid(cards, by, columns)
+    rows: list[dict[str, Any]] = [{by: row, **found} for row, found in cells.items()]
+    if as_json:
+        show_rows(rows, [by, *catalogue.TAGS[columns]], as_json=True)
+        return
+    shown = [column for column in catalogue.TAGS[columns] if any(found[column] for found in cells.values())]
+    show_rows(
+        [{by: row, **{c: ", ".join(found[c]) or "-" for c in shown}} for row, found in cells.items()], [by, *shown]
+    )
 
 
 def _fitted(rows: list[dict[str, Any]], columns: Sequence[str], cut: Sequence[str], width: int) -> list[dict[str, str]]:
@@ -56,6 +80,8 @@ def show(
         ("paper", card.paper),
         ("authors' code", card.repository),
         ("module", catalogue.module_of(slug)),
+        ("modality", card.modality),
+        ("mechanism", ", ".join(card.mechanism)),
         ("needs", ", ".join(card.needs)),
         *recipe,
         ("claim", card.claim),

@@ -1,4 +1,4 @@
-"""Where the other tokens end: every merge returns ``Merged`` and conserves mass.
+"""Where the other tokens end: every merge returns ``Merged`` and conserves mass (but ``dominant_contextual``).
 
 Mass: the sum over slots of ``size * tokens`` equals the sum of ``size * x`` over the input tokens that were not
 dropped, and ``size`` adds up alike. ``bipartite_soft_matching``: ToMe (Bolya et al., arXiv 2210.09461).
@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vistok.core.tensors import take, unit, upcast
+from vistok.core.position import rest
+from vistok.core.tensors import ranking, take, unit, upcast
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,36 @@ def nearest_anchor(
     """
     source = nearest_slot(x if metric is None else metric, anchors, mask)
     return size_weighted_mean(x, source, anchors.shape[1], size, anchors)
+
+
+def dominant_contextual(
+    x: Tensor, score: Tensor, metric: Tensor, dominant: int, contextual: int, average: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of ``x`` (B, N, D): the ``dominant`` best by ``score`` (B, N) in raster order, then ``contextual`` anchors.
+
+    The anchors stand at a uniform stride of the rest. ``metric`` (B, N, d) decides by cosine which of them each
+    left-over token joins; without anchors it is dropped. An anchor's value is its own plus the mean of those that
+    joined it (VisionZip arXiv 2412.04467), or with ``average`` the mean of all of them. Dominant values are those of
+    ``x``, bit for bit. Returns the slots' positions (B, K) int64, values (B, K, D) and the slot (B, N) of each token,
+    -1 where it was dropped. ValueError unless ``dominant + contextual`` is between 0 and N.
+    """
+    b, n, _ = x.shape
+    if dominant < 0 or contextual < 0 or dominant + contextual > n:
+        raise ValueError(f"dominant, contextual: got {dominant}, {contextual}, must add up to at most the {n} tokens")
+    best = ranking(score)[:, :dominant].sort(1).values
+    place = torch.arange(dominant, device=x.device).expand(b, dominant)
+    if not contextual:
+        return best, take(x, best), best.new_full((b, n), -1).scatter(1, best, place)
+    others = rest(best, n)
+    anchors = others[:, :: max(1, others.shape[1] // contextual)][:, :contextual]
+    left = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)
+    group = nearest_slot(metric, anchors, left)
+    if average:
+        folded = size_weighted_mean(x, group, contextual).tokens
+    else:
+        folded = take(x, anchors) + size_weighted_mean(x, group.scatter(1, anchors, -1), contextual).tokens
+    source = torch.where(group < 0, -1, group + dominant).scatter(1, best, place)
+    return torch.cat([best, anchors], 1), torch.cat([take(x, best), folded], 1), source
 
 
 def bipartite_soft_matching(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vistok.core.attention import attention_marginals, attention_rows
 from vistok.host.pictures import Group
+from vistok.host.reducer import LayerNeed
 from vistok.host.text import question_of
 
 Rotary = tuple[Tensor, Tensor]
@@ -69,7 +70,7 @@ class LayerView:
         }
 
     def fields(
-        self, needs: Mapping[str, str | None], group: Group, now_at: Tensor, words: Tensor | None
+        self, needs: Mapping[str, LayerNeed], group: Group, now_at: Tensor, words: Tensor | None
     ) -> dict[str, Any]:
         """The fields ``needs`` of the evidence of ``group``. ``now_at`` (B, T) is the current column of each column of
         the prompt, ``words`` (B, T) bool where the prompt is text."""

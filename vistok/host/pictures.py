@@ -156,7 +156,7 @@ def group(places: list[Place], embeds: Tensor, one_at_a_time: bool) -> list[Grou
                 columns=columns,
                 end=spans[:, -1],
                 places=members,
-                evidence=Evidence(features=features, grid=layout.grid, crops=layout.crops),
+                evidence=Evidence(features=features, grid=layout.grid, crops=layout.crops, index=positions),
                 positions=positions,
                 source=positions,
             )

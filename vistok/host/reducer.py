@@ -7,8 +7,8 @@ model and carries out the reduction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +18,9 @@ LayerSpec = int | float | slice | tuple[int | float, ...] | None
 """Which encoder layer(s) a field is wanted from, counted as in Hugging Face's ``attentions``: an int is an index
 (-2: the layer that made ``hidden_states[-2]``), a float in (0, 1) a share of the depth (9/24 of four layers: the 2nd),
 a slice or tuple several layers (the field is then a tuple of tensors). None for fields that have no layer."""
+LayerNeed = Literal["last", "text", "visual"] | tuple[float, int] | None
+"""What a field is wanted for inside the language model: the queries of "llm_attention", (temperature, iterations) of
+"llm_importance", None for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,17 @@ class Evidence:
     """(B, N) share of each patch's attention that goes to patches (not to the class token), mean over heads, / N."""
     encoder_attention: Any = None
     """(B, H, N, N) patch-to-patch attention (softmax as in the model). Costly: only for methods defined on it."""
+    cls_logits: Any = None
+    """(B, H, N) as ``cls_attention``, before the softmax: scaled products of the class token's query and the patches'
+    keys. Only from encoders with a class token."""
+    encoder_states: Any = None
+    """(B, N, Dv) the patches' hidden states after the encoder layer asked for."""
+    patch_pixels: Any = None
+    """(B, N, P) float32, grey values (mean of the channels) of each token's pixels, as the model was given them:
+    normalised, so on an unknown linear scale."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """The host's projector: (B, n, Dv) rows of ``encoder_features`` to (B, n, D) rows of ``features``, token by token;
+    D as ``encoder_features`` (the patches of a merged token joined)."""
     text: Any = None
     """(B, T, D) embeddings of the question's tokens at the language model's input; padded, see ``text_mask``."""
     text_mask: Tensor | None = None
@@ -61,6 +75,13 @@ class Evidence:
     """(B, N) at a decoder layer: ``llm_attention`` of the visual queries averaged over heads and queries, in blocks."""
     llm_keys: Any = None
     """(B, N, d) at a decoder layer: visual keys after rotary embedding, mean over key heads."""
+    llm_importance: Any = None
+    """(B, H, N) at a decoder layer: PageRank of the whole causal sequence by head (``vistok.core.score.pagerank``; the
+    reducer's ``layer_needs`` gives temperature and iterations), read off at the visual tokens."""
+    index: Any = None
+    """(B, N) int64: which of the picture's tokens these are, counted before any reduction. None: all, in order."""
+    carry: Any = None
+    """What the method's last stage left of each token (``Reduction.carry``): (B, N) or (B, N, C)."""
     crops: tuple[tuple[int, int], ...] = ()
     """Where the picture was cut: the grid of each part, thumbnail first; () for a picture in one piece. The tokens lie
     part after part, each part in raster order, whatever their order in the prompt (the host maps them back)."""
@@ -119,6 +140,12 @@ _TOKEN_AXES = {
     "llm_attention": 3,
     "llm_received": 1,
     "llm_keys": 1,
+    "cls_logits": 2,
+    "encoder_states": 1,
+    "patch_pixels": 1,
+    "llm_importance": 2,
+    "index": 1,
+    "carry": 1,
 }
 
 
@@ -133,6 +160,10 @@ class Reduction:
     "encoder" (the host then projects them), else as in ``features``."""
     source: Tensor
     """(B, N) int64: the slot (0..K-1) that each input token ended in, -1 where it was dropped."""
+    carry: Tensor | None = None
+    """(B, K) or (B, K, C), row for row with ``keep``: what the method's later stages are to know of these tokens
+    (``Evidence.carry``), such as a score that cannot be computed from a part of the picture. None where there was
+    nothing to reduce. A method that carries sees a cut picture whole (``whole_picture``)."""
 
     @classmethod
     def select(cls, tokens: Tensor, keep: Tensor) -> Reduction:
@@ -187,7 +218,7 @@ class Reducer:
         return {}
 
     @property
-    def layer_needs(self) -> Mapping[str, Literal["last", "text", "visual"] | None]:
+    def layer_needs(self) -> Mapping[str, LayerNeed]:
         return {}
 
     # What a system writes -----------------------------------------------------------------------------------------
@@ -252,4 +283,4 @@ class Reducer:
                 parts.append(Reduction(empty, values[:, :0], gone))
             first_token += crop.num_tokens
             first_slot += parts[-1].keep.shape[1]
-        return Reduction(*(torch.cat([getattr(p, f.name) for p in parts], 1) for f in fields(Reduction)))
+        return Reduction(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("keep", "tokens", "source")))

@@ -81,6 +81,7 @@ class Steps:
                     if encoded is not None and left.encoder_features is not None:
                         left = replace(left, encoder_features=encoded)
                     evidence[other] = replace(left, features=values)
+            evidence[number] = replace(evidence[number], carry=reduction.carry)
         group.evidence_of = evidence
         return values
 
@@ -122,6 +123,8 @@ class Steps:
         if reduction.keep.shape[1] == group.count:
             return None
         group.evidence_of = [e.take(reduction.keep) for e in group.evidence_of]
+        if reduction.carry is not None:
+            group.evidence_of[number] = replace(group.evidence_of[number], carry=reduction.carry)
         _follow(group, reduction)
         return now, now.gather(1, reduction.keep), reduction.tokens.to(hidden.dtype)
 

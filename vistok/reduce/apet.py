@@ -40,6 +40,7 @@ CARD = Card(
     site="encoder output, before the projector; one decoder layer halfway",
     paper="Ma et al., 2026, arXiv 2602.19870",
     repository="MaQianKun0/ApET",
+    mechanism=("similarity",),
     needs=("encoder features",),
     score="error of a ridge regression on a few basis tokens",
     allocate="3 : 1 before and after half of the decoder's layers",

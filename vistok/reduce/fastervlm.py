@@ -28,6 +28,7 @@ CARD = Card(
     site="projector output, before the language model",
     paper="Zhang et al., 2024, arXiv 2412.01818",
     repository="Theia-4869/FasterVLM",
+    mechanism=("attention",),
     needs=("class-token attention of one encoder layer (received attention where there is no class token)",),
     score="class-token attention, mean over heads",
     select="top-k",

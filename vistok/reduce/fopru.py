@@ -28,6 +28,7 @@ CARD = Card(
     kind="training-free",
     site="projector output, before the language model",
     paper="Jiang et al., 2024, arXiv 2411.14164",
+    mechanism=("attention",),
     needs=("attention that each token receives and gives at one encoder layer",),
     score="received or given attention, whichever varies more",
     select="top-k, or whole rows",

@@ -32,6 +32,7 @@ CARD = Card(
     site="projector output, before the language model",
     paper="Liu et al., 2025, arXiv 2508.00553",
     repository="Danielement321/HiPrune",
+    mechanism=("attention",),
     needs=("attention that each token receives at a middle and at a deep encoder layer",),
     score="received attention, middle layer for anchors, deep layer for the rest",
     allocate="a fifth of alpha * keep anchors, their neighbours as buffers, the rest registers",

@@ -38,6 +38,7 @@ CARD = Card(
     site="projector output, before the language model",
     paper="Zou et al., 2025, arXiv 2510.02912",
     repository="obananas/HoloV",
+    mechanism=("attention", "similarity"),
     needs=("class-token attention of one encoder layer (received attention where there is no class token)",),
     score="class-token attention + beta * variance of similarity inside the chunk",
     allocate="chunks of the raster sequence in proportion to their mean score",

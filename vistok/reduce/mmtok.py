@@ -32,6 +32,7 @@ CARD = Card(
     site="projector output, before the language model",
     paper="Dong et al., 2025, arXiv 2508.18264",
     repository="Ironieser/MMTok",
+    mechanism=("similarity", "query"),
     needs=("question embeddings", "encoder features"),
     score="softmax of cosines: question to picture, picture to picture",
     select="greedy coverage (facility location) of question and picture",

@@ -20,6 +20,7 @@ CARD = Card(
     kind="control",
     site="projector output, before the language model",
     paper="",
+    mechanism=("transformation",),
     merge="mean over each of K cells of the grid",
     claim="With 25% of the tokens it answers better than a uniform choice of as many: what it merges is not lost.",
 )

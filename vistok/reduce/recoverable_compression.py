@@ -45,6 +45,7 @@ CARD = Card(
     site="encoder output, before the projector",
     paper="Chen et al., 2024, arXiv 2409.01179",
     repository="banjiuyufen/Recoverable-Compression",
+    mechanism=("attention", "similarity", "query"),
     needs=("class-token attention with all heads as one, and keys, of the last encoder layer", "question embeddings"),
     score="class-token attention, then cosine to the question's embeddings (paper: CLIP's text tower)",
     allocate="shares of outliers (local outlier factor) of each score, scaled to keep",

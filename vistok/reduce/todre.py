@@ -28,13 +28,14 @@ from torch import Tensor
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cls_mean
 from vistok.core.select import farthest_points, max_sum
-from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction, Schedule
+from vistok.host.reducer import Evidence, LayerNeed, LayerSpec, Reducer, Reduction, Schedule
 
 CARD = Card(
     title="ToDRE: Visual Token Pruning via Diversity and Task Awareness for Efficient Large Vision-Language Models",
     kind="training-free",
     site="projector output, before the language model; one decoder layer at 7/8 of the depth",
     paper="Li, Yang, Lu, 2025, arXiv 2505.18757",
+    mechanism=("attention", "similarity", "query"),
     needs=(
         "class-token attention of the last encoder layer (received attention where there is no class token)",
         "attention of the question's tokens to the visual tokens at one decoder layer",
@@ -74,7 +75,7 @@ class ToDRE(Reducer):
         return {"cls_attention": self.layer}
 
     @property
-    def layer_needs(self) -> Mapping[str, Literal["last", "text", "visual"] | None]:
+    def layer_needs(self) -> Mapping[str, LayerNeed]:
         return {"llm_attention": "text"}
 
     def select(self, evidence: Evidence, keep: int) -> Tensor:

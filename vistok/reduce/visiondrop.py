@@ -29,13 +29,10 @@ import torch
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.merge import nearest_slot, size_weighted_mean
-from vistok.core.position import rest
+from vistok.core.merge import dominant_contextual
 from vistok.core.score import cls_mean
-from vistok.core.select import topk
 from vistok.core.stages import geometric_stages, raster_slots
-from vistok.core.tensors import take
-from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction, Schedule
+from vistok.host.reducer import Evidence, LayerNeed, LayerSpec, Reducer, Reduction, Schedule
 
 CARD = Card(
     title="Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment (VisionDrop)",
@@ -43,6 +40,7 @@ CARD = Card(
     site="encoder output, before the projector; decoder layers at 1/4, 1/2 and 3/4 of the depth",
     paper="Xu et al., 2025, arXiv 2506.22283",
     repository="Ruixxxx/VisionDrop",
+    mechanism=("attention", "similarity"),
     needs=(
         "class-token attention and keys of one encoder layer (received attention where there is no class token)",
         "attention that visual tokens receive from visual tokens, and their keys, at three decoder layers",
@@ -92,7 +90,7 @@ class VisionDrop(Reducer):
         return {"encoder_features": None, "cls_attention": self.layer, "encoder_keys": self.layer}
 
     @property
-    def layer_needs(self) -> Mapping[str, Literal["last", "text", "visual"] | None]:
+    def layer_needs(self) -> Mapping[str, LayerNeed]:
         return {"llm_received": None, "llm_keys": None}
 
     def schedule(self, num_tokens: int, keep: int, num_layers: int) -> Schedule:
@@ -118,31 +116,6 @@ class VisionDrop(Reducer):
         if self.parity == "authors":
             return Reduction(slots[0].sort(1).values, *slots[1:])
         return Reduction(*raster_slots(*slots))
-
-
-def dominant_contextual(
-    x: Tensor, score: Tensor, metric: Tensor, dominant: int, contextual: int, average: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots of ``x`` (B, N, D): the ``dominant`` best by ``score`` (B, N) in raster order, then ``contextual`` anchors.
-
-    ``metric`` (B, N, d) decides by cosine which anchor a left-over token joins. Returns the slots' positions (B, K),
-    values (B, K, D) and the slot (B, N) of each token. Dominant values are those of ``x``, bit for bit.
-    """
-    best = topk(score, dominant).sort(1).values
-    if not contextual:
-        kept = Reduction.select(x, best)
-        return kept.keep, kept.tokens, kept.source
-    others = rest(best, x.shape[1])
-    anchors = others[:, :: max(1, others.shape[1] // contextual)][:, :contextual]
-    left = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)
-    group = nearest_slot(metric, anchors, left)
-    if average:
-        folded = size_weighted_mean(x, group, contextual).tokens
-    else:
-        folded = take(x, anchors) + size_weighted_mean(x, group.scatter(1, anchors, -1), contextual).tokens
-    place = torch.arange(dominant, device=x.device).expand_as(best)
-    source = torch.where(group < 0, -1, group + dominant).scatter(1, best, place)
-    return torch.cat([best, anchors], 1), torch.cat([take(x, best), folded], 1), source
 
 
 def claim(trial: Trial) -> Outcome:

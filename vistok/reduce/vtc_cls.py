@@ -32,6 +32,7 @@ CARD = Card(
     site="projector output, before the language model",
     paper="Wang et al., 2024, arXiv 2412.05819",
     repository="THU-MIG/VTC-CLS",
+    mechanism=("attention",),
     needs=("class-token attention of several encoder layers (received attention where there is no class token)",),
     score="class-token attention, mean over heads, sum over layers",
     select="top-k",

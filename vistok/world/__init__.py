@@ -7,7 +7,7 @@
 """
 
 from .files import decode_mask, encode_mask, write_samples
-from .labels import patch_labels
+from .labels import LAST_INDEX, patch_labels
 from .photographs import Photo, photos
 from .sampling import LARGEST, SMALLEST, derive_seed, make, sample
 from .turns import dialogue
@@ -36,6 +36,7 @@ __all__ = [
     "FAMILIES",
     "KEYS",
     "LARGEST",
+    "LAST_INDEX",
     "SHAPES",
     "SHAPE_LABELS",
     "SMALLEST",
