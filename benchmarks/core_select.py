@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.common import in_turn, machine
 from vistok.core.score import cosine
 from vistok.core.select import facility_location, farthest_points, greedy_dpp, greedy_dpp_features, max_sum
 
@@ -94,17 +91,6 @@ def coverage(x: Tensor) -> Tensor:
     return torch.softmax(cosine(x) / 0.2, -1) / x.shape[1]
 
 
-def measure(ours: Callable[[], Tensor], plain: Callable[[], Tensor], repeats: int) -> tuple[list[float], list[float]]:
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 2):
-        for call, into in zip((ours, plain), times, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn > 1:  # two rounds of warming up
-                into.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
@@ -125,17 +111,9 @@ def main() -> None:
         ("DPP, from features", greedy_dpp_features, loop_dpp_features, noise),
         ("DPP, from a kernel", greedy_dpp, loop_dpp, kernel),
     ]
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    machine = {
-        "cpu": (names or [platform.processor() or platform.machine()])[0],
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "shape": dict(zip("BNDK", options.shape, strict=True)),
-    }
+    where = {**machine(), "shape": dict(zip("BNDK", options.shape, strict=True))}
     if not options.json:
-        print(", ".join(f"{key} {value}" for key, value in machine.items()))
+        print(", ".join(f"{key} {value}" for key, value in where.items()))
         heads = f"{'ours':>8}{'least':>8}{'loop':>9}{'least':>8}{'times':>7}  same  under {TARGET_MS:.0f}"
         print(f"{'milliseconds':40}{heads}")
     for name, ours, loop, x in cases:
@@ -144,7 +122,8 @@ def main() -> None:
             return torch.stack([loop(row, k) for row in x])
 
         same = (ours(x, k) == plain()).double().mean().item()
-        mine, theirs = measure(lambda ours=ours, x=x: ours(x, k), plain, options.repeats)  # type: ignore[misc]
+        taken = in_turn({"ours": lambda ours=ours, x=x: ours(x, k), "loop": plain}, options.repeats, warm=2)  # type: ignore[misc]
+        mine, theirs = taken["ours"], taken["loop"]
         median, other = statistics.median(mine), statistics.median(theirs)
         if options.json:
             row = {
@@ -154,17 +133,12 @@ def main() -> None:
                 "loop_ms": other,
                 "loop_ms_least": min(theirs),
             }
-            print(json.dumps({**row, "same_picks": same, "under_target": median < TARGET_MS, **machine}))
+            print(json.dumps({**row, "same_picks": same, "under_target": median < TARGET_MS, **where}))
         else:
             print(
                 f"{name:40}{median:8.1f}{min(mine):8.1f}{other:9.1f}{min(theirs):8.1f}{other / median:7.1f}"
                 f"  {same:4.0%}  {'yes' if median < TARGET_MS else 'no'}"
             )
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

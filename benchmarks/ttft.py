@@ -12,56 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-import transformers
-from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vistok
+from benchmarks.common import bound, build, first_token, in_turn, inputs_of, machine, machine_line, ratio
 
 GOAL = 1.10
-TEXT = 24
-
-
-def build(width: int = 512, layers: int = 12) -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
-    }
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, image_size=336, patch_size=14),
-        text_config=LlamaConfig(**shape, vocab_size=1000),
-        image_token_index=999,
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def inputs_of(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(5, 900, (1, TEXT), generator=generator)
-    picture = torch.full((1, 576), model.config.image_token_id)
-    ids = torch.cat([torch.tensor([[1]]), picture, words], dim=1)
-    pixels = torch.randn(1, 3, 336, 336, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def bound(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], keep: int) -> None:
-    """The first token from the picture's first ``keep`` tokens, at their own positions, gathered by hand."""
-    features = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)[None, :keep]
-    ids = inputs["input_ids"]
-    words = model.get_input_embeddings()(torch.cat([ids[:, :1], ids[:, 577:]], dim=1))
-    positions = torch.cat([torch.arange(1 + keep), torch.arange(577, ids.shape[1])])[None]
-    embeds = torch.cat([words[:, :1], features, words[:, 1:]], dim=1)
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=True).last_hidden_state
-    model.lm_head(hidden[:, -1:]).argmax(-1)
 
 
 def main() -> None:
@@ -76,52 +35,41 @@ def main() -> None:
     def reduced(slug: str) -> Callable[[], None]:
         def run() -> None:
             with vistok.apply(model, slug, keep=arguments.keep):
-                model(**inputs, logits_to_keep=1).logits.argmax(-1)
+                first_token(model, inputs)
 
         return run
 
     runs: dict[str, Callable[[], object]] = {
-        "dense": lambda: model(**inputs, logits_to_keep=1).logits.argmax(-1),
+        "dense": lambda: first_token(model, inputs),
         "bound": lambda: bound(model, inputs, arguments.keep),
     }
     staged = {c.slug for c in vistok.systems("reduce") if "layer" in c.site}
     runs |= {card.slug: reduced(card.slug) for card in vistok.systems("reduce")}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
-        for number in range(arguments.repeats + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if number:
-                    taken[name].append(1e3 * (time.perf_counter() - start))
+        taken = in_turn(runs, arguments.repeats)
     dense = statistics.median(taken["dense"])
-    floor = statistics.median(taken["bound"])
     for name, times in taken.items():
         middle = statistics.median(times)
-        # Pair by pair within a round, so that a slow stretch of the machine cancels out.
-        ratio = statistics.median(a / b for a, b in zip(times, taken["bound"], strict=True))
+        over = ratio(times, taken["bound"])
         row = {
             "method": name,
             "ms": round(middle, 1),
             "ms_min": round(min(times), 1),
             "ms_max": round(max(times), 1),
-            "over_bound": round(ratio, 3),
+            "over_bound": round(over, 3),
             "speed_up": round(dense / middle, 2),
             "goal": None if name in staged or name in ("dense", "bound") else GOAL,
         }
         if arguments.json:
-            print(json.dumps(row))
+            print(json.dumps({**row, **machine()}))
         else:
-            goal = "" if row["goal"] is None else f"  goal <= {GOAL:.2f}: {'met' if ratio <= GOAL else 'MISSED'}"
+            goal = "" if row["goal"] is None else f"  goal <= {GOAL:.2f}: {'met' if over <= GOAL else 'MISSED'}"
             print(
                 f"{name:24} {middle:8.1f} ms ({row['ms_min']}..{row['ms_max']})  {row['speed_up']:5.2f} x dense's speed"
-                f"  {ratio:5.2f} x the bound's time{goal}"
+                f"  {over:5.2f} x the bound's time{goal}"
             )
     if not arguments.json:
-        print(
-            f"K = {arguments.keep} of 576; bound {floor:.1f} ms; {platform.processor() or platform.machine()}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}"
-        )
+        print(f"K = {arguments.keep} of 576; {machine_line()}")
 
 
 if __name__ == "__main__":

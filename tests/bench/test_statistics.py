@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistok.bench.statistics import wilson
+from vistok.bench.statistics import paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,27 @@ def test_the_interval_holds_the_share_and_is_symmetric(n, data):
 def test_impossible_counts(right, n):
     with pytest.raises(ValueError, match="right: got"):
         wilson(right, n)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40), st.integers(0, 9))
+def test_bootstrap_of_pairs_holds_their_difference(pairs, seed):
+    values, others = zip(*pairs, strict=True)
+    low, high = paired_bootstrap(values, others, seed=seed, resamples=500)
+    middle = sum(values) / len(pairs) - sum(others) / len(pairs)
+    assert low <= middle + 1e-9 and high >= middle - 1e-9
+    assert (low, high) == paired_bootstrap(values, others, seed=seed, resamples=500)
+    if all(a == b for a, b in pairs):
+        assert low == high == 0
+
+
+def test_bootstrap_is_as_wide_as_the_normal_interval():
+    values = [1.0] * 60 + [0.0] * 40
+    low, high = paired_bootstrap(values, [0.0] * 100)
+    half = 1.96 * (0.6 * 0.4 / 100) ** 0.5
+    assert low == pytest.approx(0.6 - half, abs=0.015) and high == pytest.approx(0.6 + half, abs=0.015)
+
+
+@pytest.mark.parametrize(("values", "others"), [([], []), ([1.0], [1.0, 0.0])])
+def test_bootstrap_wants_pairs(values, others):
+    with pytest.raises(ValueError, match="others: got"):
+        paired_bootstrap(values, others)

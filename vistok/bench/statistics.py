@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 NORMAL_95 = 1.959963984540054
 
@@ -18,3 +21,22 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_bootstrap(
+    values: Sequence[float], others: Sequence[float], *, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float]:
+    """95% percentile interval of mean(values) - mean(others), measured on the same n questions: (low, high).
+
+    Questions are drawn with replacement, each with both of its values, so that what is hard for both does not widen the
+    interval. ValueError if the two are not equally many, or none.
+    """
+    if len(values) != len(others) or not len(values):
+        raise ValueError(f"others: got {len(others)} values for {len(values)}, must be as many, and at least one")
+    differences = np.asarray(values, dtype=float) - np.asarray(others, dtype=float)
+    # How often each question is drawn: a few kilobytes a resample instead of all its indices at once.
+    rng = np.random.default_rng(seed)
+    n = len(differences)
+    means = [rng.multinomial(n, np.full(n, 1 / n)) @ differences / n for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,7 +1,6 @@
 """What systems there are, and how to get one. Reads cards from source text: importing this imports no torch."""
 
 from vistok.catalogue.card import Card, Claim, Outcome, Trial
-from vistok.catalogue.tags import TAGS, grid, query
 from vistok.catalogue.registry import (
     FAMILIES,
     Registry,
@@ -15,6 +14,7 @@ from vistok.catalogue.registry import (
     systems,
 )
 from vistok.catalogue.source import CardError, Hyper
+from vistok.catalogue.tags import TAGS, grid, query
 
 __all__ = [
     "FAMILIES",

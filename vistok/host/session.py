@@ -17,10 +17,12 @@ from vistok.host.keep import Keep, check_keep
 from vistok.host.overlay import overlay
 from vistok.host.pictures import Picture
 from vistok.host.reducer import Reducer
+from vistok.host.setting import read_setting
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
 Method = str | Reducer
+DEFAULT_KEEP = 0.25
 
 
 class Session:
@@ -120,7 +122,7 @@ class Session:
 def apply(
     model: nn.Module,
     method: Method | Sequence[Method],
-    keep: Keep | Sequence[Keep] = 0.25,
+    keep: Keep | Sequence[Keep] | None = None,
     *,
     position: Position | None = None,
     **hyper: Any,
@@ -131,12 +133,13 @@ def apply(
             output = model.generate(**inputs)
         print(session.tokens_kept, session.milliseconds)
 
-    ``method``: the name of a system, a Reducer, or a list of them: each then works on what the one before it left.
-    ``keep``: tokens left of each picture, as a count (int >= 1) or a share in (0, 1] (float); for staged methods the
-    mean over the decoder's layers. With several methods it is what the last one leaves, and those before it keep equal
-    shares of what they are given; or a list with one ``keep`` for each method. ``position``: "keep" leaves the tokens
-    that stay at their original positions, "recompact" closes the gaps; None: as the method says, which is "keep" unless
-    its paper closes them. ``hyper``: hyper-parameters of a method given by name.
+    ``method``: the name of a system, a Reducer, or a list of them: each then works on what the one before it left; or
+    the name of a JSON file that ``vistok auto`` wrote (it ends in ".json"), which also says how much to keep.
+    ``keep`` (0.25): tokens left of each picture, as a count (int >= 1) or a share in (0, 1] (float); for staged methods
+    the mean over the decoder's layers. With several methods it is what the last one leaves, and those before it keep
+    equal shares of what they are given; or a list with one ``keep`` for each method. ``position``: "keep" leaves the
+    tokens that stay at their original positions, "recompact" closes the gaps; None: as the method says, which is "keep"
+    unless its paper closes them. ``hyper``: hyper-parameters of a method given by name.
 
     Logits and hidden states of a prompt are those of the tokens that are left. ``labels``, videos and models spread
     over several devices are not supported. A cache that was filled inside goes on working outside where no row is
@@ -146,7 +149,11 @@ def apply(
     Raises ``UnsupportedModel`` for models it does not know, ``ValueError`` for wrong arguments (a ``keep`` beyond the
     picture's tokens shows when the picture comes) and ``RuntimeError`` on entering a model that has a method in it.
     """
+    if isinstance(method, str) and method.endswith(".json"):
+        setting = read_setting(method)
+        method, keep = setting.create(), setting.keep if keep is None else keep
     methods = [method] if isinstance(method, (str, Reducer)) else list(method)
+    keep = DEFAULT_KEEP if keep is None else keep
     if not methods:
         raise ValueError("method: got an empty list, must be a name, a Reducer or a list of them")
     if isinstance(keep, Sequence):

@@ -56,5 +56,10 @@ def ask(
 
 
 def is_right(question: Question, answer: str) -> bool:
+    """Whether ``answer`` is the question's, by ``same_answer``."""
+    return same_answer(question.answer, answer)
+
+
+def same_answer(right: str, answer: str) -> bool:
     """Exact match after trimming; upper and lower case count as the same."""
-    return answer.strip().casefold() == question.answer.casefold()
+    return answer.strip().casefold() == right.strip().casefold()
