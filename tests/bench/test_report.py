@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vistok.bench.compare import Comparison, Look, Survey, case_of, sample_cases, settings_of, survey_row
+from vistok.bench.compare import Comparison, Look, Survey, _beside, case_of, sample_cases, settings_of, survey_row
 from vistok.bench.figures import OUTLINE, outlined, sheet
+from vistok.bench.markdown import markdown
 from vistok.bench.measure import Answered, Case, Cost
 from vistok.bench.report import amount, bars, keep_text, render, replace_file, write
 from vistok.world import make, photos
@@ -127,6 +128,53 @@ def test_a_survey_has_intervals_and_families():
     assert "66.7%" in text
     assert "colour (3)" in text
     assert 'class="band"' in text
+
+
+def survey_of(hits, families=("colour",)):
+    """A survey at keep 0.25 with the answers ``hits[method]`` (dense first), all of them about ``families`` in turn."""
+    found = {(name, 1.0 if name == "dense" else 0.25): right for name, right in hits.items()}
+    rows, by_family = [], []
+    for (name, keep), right in found.items():
+        answers = [Answered("yes", hit, 196, 49, 0.5) for hit in right]
+        cost = {"ttft_ms": 1.0, "flops": 1e9, "kv_bytes": 1e3, "task": "scenes"}
+        method = None if name == "dense" else name
+        rows.append({**survey_row(method, keep, answers), **cost, **_beside(found, name, keep, 0)})
+        for number, family in enumerate(families):
+            mine = answers[number :: len(families)]
+            by_family.append({**survey_row(method, keep, mine), "family": family})
+    asked = make("scenes", 0, questions=1)
+    shown = Comparison([case_of(asked, asked.questions[0])], [[look("dense", 1.0), look()]], {"hiprune": "why | not"})
+    return Survey("scenes", rows, by_family, shown)
+
+
+def test_the_table_says_who_loses_to_random():
+    n = 40
+    hits = {"dense": [True] * n, "random": [True] * 30 + [False] * 10, "good": [True] * 36 + [False] * 4,
+            "bad": [False] * n, "close": [True] * 29 + [False] * 11}  # fmt: skip
+    text = markdown(survey_of(hits, ("colour", "shape")), FACTS)
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["method", "dense", "random", "good", "close", "**bad**"]
+    assert lines["method"].count("|") == lines["dense"].count("|") == lines["**bad**"].count("|")
+    assert "colour (20) | shape (20)" in lines["method"]
+    assert "-100.0 (-100.0 to -100.0)" in lines["**bad**"] and "-75.0 (" in lines["**bad**"]
+    assert "+15.0 (" in lines["good"]
+    assert "Less accurate than random tokens: bad. Below random, but within chance: close." in text
+    assert "hiprune is left out: why | not" in text
+    assert "- command: `vistok compare 'a & b'`" in text
+
+
+def test_the_table_without_a_random_control():
+    text = markdown(survey_of({"dense": [True, True], "good": [True, False]}), FACTS)
+    assert "Random tokens were not measured." in text
+    assert "No method is less accurate" not in text
+    text = markdown(survey_of({"dense": [True, True], "random": [True, False], "good": [True, False]}), FACTS)
+    assert "No method is less accurate than random tokens." in text
+
+
+def test_a_survey_is_written_as_a_table_too(tmp_path):
+    paths = write(tmp_path, survey_of({"dense": [True], "random": [True]}), FACTS)
+    assert [path.name for path in paths] == ["compare.html", "compare.png", "compare.md"]
+    assert paths[2].read_text().startswith("# scenes: 1 questions")
 
 
 def test_bars_stand_beside_dense():

@@ -12,7 +12,9 @@ from tests.reduce.synthetic import Trial, cast, evidence, mapped, rows
 from vistok.catalogue import Outcome, claim_of
 from vistok.host.reducer import Reducer, Reduction
 
-NAMES = [card.slug for card in vistok.systems("reduce")]
+KEEPS_ALL = {"yopo"}
+"""Systems that drop no token by choice but spend less on each, see tests/host/test_effort.py."""
+NAMES = [card.slug for card in vistok.systems("reduce") if card.slug not in KEEPS_ALL]
 GRIDS = [(8, 8), (6, 10), (1, 13)]
 CROPS = ((4, 4), (4, 4), (3, 5))
 
@@ -191,7 +193,7 @@ def test_schedule_falls_and_stays_in_the_budget(name):
             counts = [schedule.input, *(schedule.layers[layer] for layer in layers)]
             assert 1 <= schedule.input <= 64 and counts[-1] >= 0
             assert counts == sorted(counts, reverse=True)
-            assert all(0 < layer < num_layers for layer in layers)
+            assert all(0 <= layer < num_layers for layer in layers)
             assert schedule.mean(num_layers) <= keep + 1
         assert set(counts) == {64}, "keep == N must reduce nowhere"
 

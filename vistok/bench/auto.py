@@ -162,5 +162,5 @@ def _read_journal(journal: Path | None, cases: Sequence[Case]) -> dict[str, dict
 
 def _note(journal: Path | None, key: str, cases: Sequence[Case], entry: Mapping[str, Any]) -> None:
     if journal is not None:
-        with journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"setting": key, "cases": _print_of(cases), **entry}) + "\n")
+        with journal.open("a", encoding="utf-8") as file:  # a line may have been cut off: this one begins anew
+            file.write("\n" + json.dumps({"setting": key, "cases": _print_of(cases), **entry}) + "\n")

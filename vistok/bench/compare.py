@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vistok.world import FAMILIES, Picture, Question, derive_seed, make, photos, sample
 
 from .measure import Answered, Case, Cost, answer_all, cost_all, is_dense, method_name
-from .statistics import wilson
+from .statistics import paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -208,19 +208,36 @@ def survey_world(
     examples = compare_cases(model, processor, settings, _one_a_task(cases), tolerant=tolerant)
     costs = {(row["method"], row["keep"]): row for row in examples.summary()}
     rows, families = [], []
+    hits: dict[Setting, list[bool]] = {}
     for method, keep in settings:
         cost = costs.get((method_name(method), keep))
         if cost is None:  # cannot work on this model
             on_step(n)
             continue
         answered = answer_all(model, processor, method, keep, cases, on_batch=on_step)
+        hits[method_name(method), keep] = [bool(a.correct) for a in answered]
         rows.append({"task": task, **survey_row(method, keep, answered), **{k: cost[k] for k in COSTS}})
         families += [
             {"family": family, **survey_row(method, keep, of_family)}
             for family in FAMILIES
             if (of_family := [a for a, c in zip(answered, cases, strict=True) if c.truth and c.truth.family == family])
         ]
+    for row in rows:
+        row.update(_beside(hits, row["method"], row["keep"], seed))
     return Survey(task, rows, families, examples)
+
+
+def _beside(hits: dict[Setting, list[bool]], name: str, keep: float | int, seed: int) -> dict[str, Any]:
+    """Accuracy minus dense's, and minus that of random tokens at the same keep, each with the 95% interval over the
+    same questions; None where the other was not measured."""
+    dense = next(found for (method, _), found in hits.items() if is_dense(method))
+    found: dict[str, Any] = {}
+    for other, theirs in (("dense", dense), ("random", hits.get(("random", keep)))):
+        ours = hits[name, keep]
+        low, high = (None, None) if theirs is None else paired_bootstrap(ours, theirs, seed=seed)
+        found[f"over_{other}"] = None if theirs is None else (sum(ours) - sum(theirs)) / len(ours)
+        found[f"over_{other}_low"], found[f"over_{other}_high"] = low, high
+    return found
 
 
 COSTS = ("ttft_ms", "flops", "kv_bytes")

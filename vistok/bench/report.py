@@ -1,10 +1,11 @@
-"""The comparison as files: one page that needs nothing else, and one sheet of overlays."""
+"""The comparison as files: one page that needs nothing else, one sheet of overlays, and for many questions a table."""
 
 from __future__ import annotations
 
 import io
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,26 +19,32 @@ import vistok
 
 from .compare import Comparison, Look, Survey
 from .figures import frames, sheet
+from .markdown import markdown
 from .measure import DENSE
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-PAGE, SHEET = "compare.html", "compare.png"
+PAGE, SHEET, TABLE = "compare.html", "compare.png", "compare.md"
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def write(folder: Path, comparison: Comparison | Survey, facts: Mapping[str, str]) -> tuple[Path, Path]:
-    """Write ``compare.html`` and ``compare.png`` into ``folder``, each whole or not at all; their paths.
+def write(folder: Path, comparison: Comparison | Survey, facts: Mapping[str, str]) -> list[Path]:
+    """Write ``compare.html`` and ``compare.png`` into ``folder``, of a survey also ``compare.md``; their paths.
 
-    ``facts``: what the page's head says of the run, e.g. {"model": "vistok-tiny", "seed": "0"}.
+    Each file is whole or not there. ``facts``: what the page's head says of the run, e.g. {"model": "vistok-tiny",
+    "seed": "0"}.
     """
     buffer = io.BytesIO()
     sheet(comparison.shown).save(buffer, "PNG", optimize=True)
     page = render(comparison, facts)
     replace_file(folder / PAGE, page.encode())
     replace_file(folder / SHEET, buffer.getvalue())
-    return folder / PAGE, folder / SHEET
+    paths = [folder / PAGE, folder / SHEET]
+    if isinstance(comparison, Survey):
+        paths.append(folder / TABLE)
+        replace_file(folder / TABLE, markdown(comparison, facts).encode())
+    return paths
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -67,13 +74,30 @@ def render(comparison: Comparison | Survey, facts: Mapping[str, str]) -> str:
 
 
 def surroundings() -> dict[str, str]:
-    """Machine and versions of what runs."""
+    """Machine, versions and, in a checkout, the commit of what runs."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     counted = f"{os.cpu_count()} cores, {torch.get_num_threads()} used" if os.cpu_count() else ""
     return {
         "machine": f"{device}, {counted}",
         "versions": f"vistok {vistok.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+        **commit(),
     }
+
+
+@cache
+def commit() -> dict[str, str]:
+    """{"commit": short hash, "+" behind it where files differ}; {} outside a checkout of vistok."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return {}
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": head.stdout.strip() + ("+" if changed.stdout.strip() else "")}
 
 
 @cache

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vistok.cli.console import Json, Seed, UserError, console, emit, progress, show_rows
-from vistok.cli.options import create, load_model, parse_keeps, parse_methods
-from vistok.cli.pictures import open_picture
-from vistok.world import TASKS
+from vistok.cli.options import ModelArgument, create, load_model, parse_keeps, parse_methods
+from vistok.cli.questions import Data, Number, World, check_setting_path, read_questions
 
-if TYPE_CHECKING:
-    from vistok.bench.measure import Case
-
-LINES = "pictures.jsonl"
 COLUMNS = {
     "method": "method",
     "keep": "keep",
@@ -31,19 +25,10 @@ COLUMNS = {
 
 
 def auto(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, a folder, or owner/name on the hub.")],
-    world: Annotated[
-        str | None, typer.Option("--world", help=f"Ask about held-out pictures: {', '.join(TASKS)} or all.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            help=f"Ask about your own: a folder with {LINES}, a line each: "
-            '{"image": file, "questions": [{"text": .., "answer": ..}]}; without an answer, dense\'s counts as right.',
-        ),
-    ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, max=20_000, help="With --world: pictures, one question each.")] = 200,
+    model: ModelArgument,
+    world: World = None,
+    data: Data = None,
+    n: Number = 200,
     max_drop: Annotated[
         str | None, typer.Option("--max-drop", help="Points of accuracy that may be lost: 2pt, 2% or 0.02.")
     ] = None,
@@ -70,8 +55,8 @@ def auto(
         None if max_drop is None else parse_points(max_drop), None if ttft is None else parse_milliseconds(ttft), sure
     )
     keeps, names = parse_keeps(keep), parse_methods(methods)
-    _check_out(out)
-    cases, answers = _questions(world, data, n, seed)
+    check_setting_path(out)
+    cases, answers = read_questions(world, data, n, seed)
     loaded, processor = load_model(model, "MODEL")
     settings = settings_of([create(name, seed) for name in names], keeps)
     journal = out.with_suffix(".journal.jsonl")
@@ -125,54 +110,6 @@ def parse_milliseconds(text: str) -> float:
     if value <= 0:
         raise UserError("--ttft", text, "must be a time such as 80ms or 0.08s")
     return value
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix != ".json":
-        raise UserError("--out", out, "must end in .json: vistok.apply knows a setting by that")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError("--out", out, "must be a file in a folder that exists")
-
-
-def _questions(world: str | None, data: Path | None, n: int, seed: int) -> tuple[list[Case], list[str | None]]:
-    """Pictures with one question each, and the right answers where they are known."""
-    if (world is None) == (data is None):
-        raise UserError("--world", world or "nothing", "must be given, or --data, and not both")
-    if data is not None:
-        return _read(data)
-    if world not in (*TASKS, "all"):
-        raise UserError("--world", world, f"must be one of {', '.join(TASKS)}, all")
-    from vistok.bench.compare import case_of
-    from vistok.world import sample
-
-    cases = [case_of(p, p.questions[0]) for p in sample(world, n, seed=seed, split="test", questions=1)]
-    return cases, [case.truth.answer if case.truth else None for case in cases]
-
-
-def _read(folder: Path) -> tuple[list[Case], list[str | None]]:
-    """The questions of a folder, in the form that ``vistok world sample`` writes (only these fields are read)."""
-    from vistok.bench.measure import Case
-
-    path = folder / LINES
-    if not path.is_file():
-        raise UserError("--data", folder, f"must be a folder with a file {LINES}")
-    cases: list[Case] = []
-    answers: list[str | None] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        right = '{"image": file, "questions": [{"text": ..}]}'
-        try:
-            entry = json.loads(line)
-            asked = [(str(q["text"]), q.get("answer")) for q in entry["questions"]]
-            image = open_picture(str(folder / entry["image"]), "--data")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError("--data", f"{path}, line {number}", f"must be {right}") from error
-        cases += [Case(image, text, name=entry["image"]) for text, _ in asked]
-        answers += [None if answer is None else str(answer) for _, answer in asked]
-    if not cases:
-        raise UserError("--data", path, "must have at least one question")
-    return cases, answers
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

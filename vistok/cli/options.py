@@ -21,6 +21,9 @@ Model = Annotated[
     str, typer.Option("--model", help="A shipped model, a folder, or a name on the Hugging Face hub (owner/name).")
 ]
 """Type of a command's ``model`` parameter: ``model: Model = "vistok-tiny"``."""
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A shipped model, a folder, or a name on the Hugging Face hub.")
+]
 
 
 def parse_keep(text: str, argument: str = "--keep") -> int | float:

@@ -1,7 +1,8 @@
 """The parts of an attention map that scores need, from queries and keys, without the map.
 
-A model run with fused attention returns no weights. Scores need single rows (class token, last query, question) or
-means over rows and columns; both are recomputed from q and k: rows directly, means in blocks of queries. Grouped-query
+A model run with fused attention returns no weights. Scores need single rows (class token, last query, question), means
+over rows and columns, or a walk along the map; all are recomputed from q and k: rows directly, the others in blocks of
+queries. Grouped-query
 keys (fewer key heads than query heads) are not repeated. Softmax is in float32 whatever the input (float64 stays).
 """
 
@@ -90,3 +91,45 @@ def attention_marginals(
         received += weights.sum(1)
     count = queries if query_mask is None else query_mask.sum(1, keepdim=True).clamp_min(1)
     return received / count, given
+
+
+def attention_pagerank(
+    q: Tensor,
+    k: Tensor,
+    temperature: float,
+    iterations: int,
+    scale: float | None = None,
+    block: int = 64,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(B, H, M): ``vistok.core.score.pagerank`` by head of the causal attention of M tokens to one another.
+
+    ``q`` (B, H, M, d) and ``k`` (B, Hk, M, d) of the same tokens; attention is softmax(logits / ``temperature``), each
+    token seeing those up to itself. Starts uniform, follows the attention ``iterations`` times, and sums to 1
+    throughout. Tokens that ``mask`` (B, M) marks False are neither queries nor keys and have rank 0. ``scale`` as in
+    ``attention_rows``. The map is made anew for every step, ``block`` queries at a time: memory O(H block M).
+    """
+    b, h, m, d = q.shape
+    if temperature <= 0:
+        raise ValueError(f"temperature: got {temperature}, must be greater than 0")
+    if iterations < 0:
+        raise ValueError(f"iterations: got {iterations}, must be 0 or more")
+    if block < 1:
+        raise ValueError(f"block: got {block}, must be 1 or more")
+    if k.shape[2] != m:
+        raise ValueError(f"k: got {k.shape[2]} tokens, must be the {m} of q")
+    scale = (d**-0.5 if scale is None else scale) / temperature
+    k = upcast(k)
+    real = torch.ones(b, m, dtype=torch.bool, device=q.device) if mask is None else mask
+    rank = (real.to(k.dtype) / real.sum(1, keepdim=True).clamp_min(1))[:, None].expand(b, h, m)
+    places = torch.arange(m, device=q.device).expand(b, m)
+    for _ in range(iterations):
+        after = torch.zeros_like(rank)
+        for start in range(0, m, block):
+            end = min(start + block, m)  # no query of the block sees a key beyond it
+            visible = None if mask is None else mask[:, None, None, :end]
+            weights = attention_rows(q[:, :, start:end], k[:, :, :end], scale, visible, places[:, start:end])
+            after[:, :, :end] += (rank[:, :, None, start:end] @ weights)[:, :, 0]
+        rank = after
+    return rank

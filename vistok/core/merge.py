@@ -1,7 +1,9 @@
-"""Where the other tokens end: every merge returns ``Merged`` and conserves mass (but ``dominant_contextual``).
+"""Where the other tokens end: every merge returns ``Merged`` and conserves mass (but ``dominant_contextual`` and
+``soft_matching_rounds``).
 
 Mass: the sum over slots of ``size * tokens`` equals the sum of ``size * x`` over the input tokens that were not
 dropped, and ``size`` adds up alike. ``bipartite_soft_matching``: ToMe (Bolya et al., arXiv 2210.09461).
+``soft_matching_rounds``: AIM (arXiv 2412.03248).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.position import rest
+from vistok.core.stages import raster_slots
 from vistok.core.tensors import ranking, take, unit, upcast
 
 
@@ -163,6 +166,32 @@ def bipartite_soft_matching(
     target = source.gather(1, 2 * into.gather(1, merged) + 1)
     source = source.scatter(1, 2 * merged, target)
     return size_weighted_mean(x, source, n - r, size, anchor)
+
+
+def soft_matching_rounds(
+    x: Tensor, keep: int, order: Literal["raster", "author"] = "raster"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds of ``bipartite_soft_matching`` on ``x`` (B, N, D) until ``keep`` slots are left: anchor, tokens, source.
+
+    Every round halves the tokens, the last merges as many as are still too many. Each takes the slots as the one before
+    left them, in the author's order, and knows nothing of their sizes: a destination becomes the plain mean of what is
+    merged into it, so mass is not conserved over several rounds. Rounds are computed at least in float32.
+
+    Returns ``anchor`` (B, keep) int64, the token at which each slot stands, ``tokens`` (B, keep, D) and ``source``
+    (B, N) int64, the slot of each token; slots in raster order of their anchors, or in the author's.
+    """
+    b, n, _ = x.shape
+    if not 1 <= keep <= n:
+        raise ValueError(f"keep: got {keep}, must be between 1 and the {n} tokens of a picture")
+    if order not in ("raster", "author"):
+        raise ValueError(f"order: got {order!r}, must be 'raster' or 'author'")
+    tokens = upcast(x)
+    anchor = source = torch.arange(n, device=x.device).expand(b, n)
+    while (left := tokens.shape[1]) > keep:
+        merged = bipartite_soft_matching(tokens, min(left // 2, left - keep), order="author")
+        tokens, anchor, source = merged.tokens, take(anchor, merged.anchor), take(merged.source, source)
+    tokens = tokens.to(x.dtype)
+    return raster_slots(anchor, tokens, source) if order == "raster" else (anchor, tokens, source)
 
 
 def knn_weighted(

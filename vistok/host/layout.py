@@ -49,6 +49,10 @@ class Layout:
     def crops(self) -> tuple[tuple[int, int], ...]:
         return tuple(part.grid for part in self.parts) if len(self.parts) > 1 else ()
 
+    @property
+    def boxes(self) -> tuple[tuple[float, float, float, float] | None, ...]:
+        return tuple(part.box for part in self.parts) if len(self.parts) > 1 else ()
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """``offsets``, ``patches`` and ``weights`` on ``device``."""
         if device not in self._copies:

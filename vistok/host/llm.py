@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.core.attention import attention_marginals, attention_rows
+from vistok.core.attention import attention_marginals, attention_pagerank, attention_rows
 from vistok.host.pictures import Group
 from vistok.host.reducer import LayerNeed
 from vistok.host.text import question_of
@@ -52,6 +52,7 @@ class LayerView:
         self.past = 0 if past is None else past[0].shape[2]
         self.keys = self.new_keys if past is None else torch.cat([past[0], self.new_keys], 2)
         self.real = real if past is None else torch.cat([past[1], real], 1)
+        self._importance: dict[tuple[float, int], Tensor] = {}
 
     def _queries(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(G, H, Q, d) queries at ``columns`` (G, Q) of ``rows`` (G,)."""
@@ -69,6 +70,21 @@ class LayerView:
             "places": columns + self.past,
         }
 
+    def importance(self, temperature: float, iterations: int) -> Tensor:
+        """(B, H, T): PageRank of the sequence, padding 0. Earlier turns are left out: the cache holds no queries."""
+        how = temperature, iterations
+        if how not in self._importance:  # the same for all pictures of the prompt
+            rows, columns = (torch.arange(n, device=self.new_keys.device) for n in self.new_real.shape)
+            self._importance[how] = attention_pagerank(
+                self._queries(rows, columns.expand(len(rows), -1)),
+                self.new_keys,
+                temperature,
+                iterations,
+                self.attention.scaling,
+                mask=self.new_real,
+            )
+        return self._importance[how]
+
     def fields(
         self, needs: Mapping[str, LayerNeed], group: Group, now_at: Tensor, words: Tensor | None
     ) -> dict[str, Any]:
@@ -82,6 +98,10 @@ class LayerView:
         if "llm_received" in needs:
             received = attention_marginals(**self._inputs(rows, visual))[0]
             out["llm_received"] = received.gather(1, visual + self.past)
+        how = needs.get("llm_importance")
+        if isinstance(how, tuple):
+            rank = self.importance(*how)[rows]
+            out["llm_importance"] = rank.gather(2, visual[:, None].expand(-1, rank.shape[1], -1))
         if "llm_attention" in needs:
             if needs["llm_attention"] == "text" and words is not None:
                 queries = now_at[rows].gather(1, question_of(group, words)[0]).clamp(min=0)

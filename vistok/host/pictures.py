@@ -156,7 +156,9 @@ def group(places: list[Place], embeds: Tensor, one_at_a_time: bool) -> list[Grou
                 columns=columns,
                 end=spans[:, -1],
                 places=members,
-                evidence=Evidence(features=features, grid=layout.grid, crops=layout.crops, index=positions),
+                evidence=Evidence(
+                    features=features, grid=layout.grid, crops=layout.crops, boxes=layout.boxes, index=positions
+                ),
                 positions=positions,
                 source=positions,
             )

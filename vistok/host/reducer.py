@@ -77,7 +77,8 @@ class Evidence:
     """(B, N, d) at a decoder layer: visual keys after rotary embedding, mean over key heads."""
     llm_importance: Any = None
     """(B, H, N) at a decoder layer: PageRank of the whole causal sequence by head (``vistok.core.score.pagerank``; the
-    reducer's ``layer_needs`` gives temperature and iterations), read off at the visual tokens."""
+    reducer's ``layer_needs`` gives temperature and iterations), read off at the visual tokens. Padding and earlier
+    turns (of which no queries are kept) are left out."""
     index: Any = None
     """(B, N) int64: which of the picture's tokens these are, counted before any reduction. None: all, in order."""
     carry: Any = None
@@ -85,6 +86,8 @@ class Evidence:
     crops: tuple[tuple[int, int], ...] = ()
     """Where the picture was cut: the grid of each part, thumbnail first; () for a picture in one piece. The tokens lie
     part after part, each part in raster order, whatever their order in the prompt (the host maps them back)."""
+    boxes: tuple[tuple[float, float, float, float] | None, ...] = ()
+    """What each of ``crops`` shows of the picture: (x0, y0, x1, y1) in 0..1, or None where the model does not tell."""
     frames: int | None = None
 
     @property
@@ -105,7 +108,7 @@ class Evidence:
             return value[:, :, part] if name == "encoder_attention" else value
 
         given = {n: cut(n, v) for n in _TOKEN_AXES if (v := getattr(self, n)) is not None}
-        return replace(self, **given, grid=self.crops[index], crops=())
+        return replace(self, **given, grid=self.crops[index], crops=(), boxes=())
 
     def take(self, keep: Tensor) -> Evidence:
         """The evidence of the tokens ``keep`` (B, K) int64 of each picture; they no longer form a grid."""
@@ -118,7 +121,7 @@ class Evidence:
             return _gather(value, keep, 2) if name == "encoder_attention" else value
 
         given = {n: rows(n, v) for n in _TOKEN_AXES if (v := getattr(self, n)) is not None}
-        return replace(self, **given, grid=None, crops=())
+        return replace(self, **given, grid=None, crops=(), boxes=())
 
 
 def _gather(value: Tensor, keep: Tensor, axis: int) -> Tensor:

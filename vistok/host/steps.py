@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.host.effort import Effort
 from vistok.host.hosts import Host
 from vistok.host.keep import Keep, counts
 from vistok.host.pictures import Group, Picture
@@ -38,11 +39,19 @@ class Steps:
     def plan(self, group: Group) -> None:
         """Fix how many tokens stay where, for each method."""
         depth, left = len(self.host.layers), group.count
-        for method, keep in zip(self.methods, counts(self.keep, group.count, len(self.methods)), strict=True):
+        for method, keep in zip(self.methods, self._keeps(group.count), strict=True):
             schedule = method.schedule(left, min(keep, left), depth)
             _check_schedule(method, schedule, left, depth)
             group.schedules.append(schedule)
             left = schedule.input
+
+    def _keeps(self, num_tokens: int) -> list[int]:
+        """Tokens left after each method; of a single ``keep`` those that drop by themselves (Effort) take no share."""
+        drops = [not isinstance(method, Effort) for method in self.methods]
+        if isinstance(self.keep, Sequence) or all(drops):
+            return counts(self.keep, num_tokens, len(self.methods))
+        left = iter(counts(self.keep, num_tokens, max(1, sum(drops))))
+        return [next(left) if drop else num_tokens for drop in drops]
 
     def stages(self, groups: list[Group]) -> set[int]:
         """The decoder layers before which something is dropped."""
@@ -61,7 +70,12 @@ class Steps:
         None where nothing was dropped."""
         text = {} if words is None else question_fields(group, words, embeds, ids)
         evidence = [
-            replace(group.evidence, **text, **self.probe.evidence(needs, group.layout, group.first_patch))
+            replace(
+                group.evidence,
+                project=self.host.project if "project" in needs else None,
+                **text,
+                **self.probe.evidence(needs, group.layout, group.first_patch),
+            )
             for needs in self.needs
         ]
         values = None

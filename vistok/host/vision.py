@@ -7,27 +7,31 @@ patches a token of the language model is made of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vistok.core.attention import attention_marginals, attention_rows, class_row
+from vistok.core.tensors import upcast
 from vistok.host.hooks import Hooks
 from vistok.host.layout import Layout
 from vistok.host.reducer import LayerSpec
+from vistok.host.taps import Queries, Tap
 
 ATTENTION_FIELDS = (
     "cls_attention",
+    "cls_logits",
     "wide_cls_attention",
     "received_attention",
     "given_attention",
     "encoder_attention",
     "encoder_keys",
 )
+LAYER_FIELDS = (*ATTENTION_FIELDS, "encoder_states")
 
 
 def layers_of(spec: LayerSpec, depth: int) -> list[int]:
@@ -48,19 +52,6 @@ def layers_of(spec: LayerSpec, depth: int) -> list[int]:
 
 
 @dataclass
-class Queries:
-    """Queries and keys of one encoder layer as its attention used them."""
-
-    q: Tensor
-    """(U, H, M, d) for U sequences of M tokens (class token first if there is one)."""
-    k: Tensor
-    """(U, H, M, d)"""
-    scale: float
-    where: Tensor
-    """(U, P) int64: the flat index of each patch, class token left out."""
-
-
-@dataclass
 class VisionRun:
     """What was seen of one run of the vision encoder."""
 
@@ -71,75 +62,12 @@ class VisionRun:
     ((P,) flat indices, (H, P, P)) blocks."""
     features: Tensor | None = None
     """(S, Dv) what the projector was given."""
+    pixels: Tensor | None = None
+    """(S, P) float32 grey values of each patch."""
     rows: int = 0
     """Rows that the projector was given (tokens or patches)."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
     """(sequences, tokens) that each encoder layer attended over, one entry a group of equal length and layer."""
-
-
-class Tap(Protocol):
-    """How to get queries and keys out of one attention layer."""
-
-    def install(self, hooks: Hooks, use: Callable[[list[Queries]], None]) -> None: ...
-
-
-@dataclass
-class SplitTap:
-    """An attention module with separate query and key projections (CLIP, SigLIP, InternVL)."""
-
-    attention: Any
-    query: Any
-    key: Any
-    class_token: bool
-
-    def install(self, hooks: Hooks, use: Callable[[list[Queries]], None]) -> None:
-        held: dict[str, Tensor] = {}
-        hooks.after(self.query, lambda module, args, output: held.update(q=output))
-        hooks.after(self.key, lambda module, args, output: held.update(k=output))
-
-        def attended(module: Any, args: Any, output: Any) -> None:
-            heads: int = module.num_heads
-            q, k = (held.pop(n).detach().unflatten(-1, (heads, -1)).transpose(1, 2) for n in ("q", "k"))
-            units, patches = q.shape[0], q.shape[2] - self.class_token
-            where = torch.arange(units * patches, device=q.device).view(units, patches)
-            use([Queries(q, k, module.scale, where)])
-
-        hooks.after(self.attention, attended)
-
-
-@dataclass
-class PackedTap:
-    """A Qwen-VL attention module: one projection, pictures (or windows) in one sequence cut by ``cu_seqlens``."""
-
-    attention: Any
-    projection: Any
-    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    order: Callable[[], Tensor | None]
-    """The flat patch index of each place of the sequence, or None where they are the same."""
-
-    def install(self, hooks: Hooks, use: Callable[[list[Queries]], None]) -> None:
-        held: dict[str, Any] = {}
-        hooks.before(self.attention, lambda module, args, kwargs: held.update(kwargs))
-        hooks.after(self.projection, lambda module, args, output: held.update(qkv=output))
-
-        def attended(module: Any, args: Any, output: Any) -> None:
-            cuts, angles = held["cu_seqlens"].tolist(), held["position_embeddings"]
-            q, k, _ = held["qkv"].detach().unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
-            held.clear()
-            q, k = self.rotate(q, k, *angles)
-            places = torch.arange(len(q), device=q.device)
-            order = self.order()
-            flat = places if order is None else order.to(q.device)
-            by_length: dict[int, list[int]] = {}
-            for start, end in pairwise(cuts):
-                by_length.setdefault(end - start, []).append(start)
-            parts = []
-            for length, starts in by_length.items():
-                index = torch.tensor(starts, device=q.device)[:, None] + places[:length]
-                parts.append(Queries(q[index].transpose(1, 2), k[index].transpose(1, 2), module.scaling, flat[index]))
-            use(parts)
-
-        hooks.after(self.attention, attended)
 
 
 def measure(name: str, x: Queries) -> Tensor:
@@ -149,6 +77,8 @@ def measure(name: str, x: Queries) -> Tensor:
         return x.k[:, :, class_token:].transpose(1, 2).flatten(2)
     if name == "encoder_attention":
         return attention_rows(x.q[:, :, class_token:], x.k, x.scale)[..., class_token:]
+    if name == "cls_logits":
+        return (upcast(x.q[:, :, :1]) * x.scale @ upcast(x.k[:, :, 1:]).transpose(2, 3))[:, :, 0]
     if name == "cls_attention":
         if class_token:
             return class_row(x.q, x.k, x.scale)
@@ -167,7 +97,7 @@ def flatten(name: str, parts: list[Queries]) -> Any:
     if name == "encoder_attention":
         return [(place, block) for where, value in values for place, block in zip(where, value, strict=True)]
     size = sum(where.numel() for where, _ in values)
-    if name == "cls_attention":
+    if name in ("cls_attention", "cls_logits"):
         out = values[0][1].new_empty(size, values[0][1].shape[1])
         for where, value in values:
             out[where.flatten()] = value.transpose(1, 2).flatten(0, 1)
@@ -178,28 +108,49 @@ def flatten(name: str, parts: list[Queries]) -> Any:
     return out
 
 
+class Encoder(Protocol):
+    """The part of a Host that a Probe hooks."""
+
+    @property
+    def blocks(self) -> Any: ...
+
+    def tap(self, layer: int) -> Tap: ...
+
+    def patch_states(self, hidden: Tensor) -> Tensor: ...
+
+
 class Probe:
     """Hooks the encoder layers that the methods need; ``run`` is what the last run of the encoder showed."""
 
     def __init__(self, needs: Iterable[Mapping[str, LayerSpec]], depth: int) -> None:
+        self.asked: set[str] = set()
         self.wanted: dict[int, set[str]] = {}
         for need in needs:
+            self.asked |= set(need)
             for name, spec in need.items():
-                if name in ATTENTION_FIELDS:
+                if name in LAYER_FIELDS:
                     for layer in layers_of(spec, depth):
                         self.wanted.setdefault(layer, set()).add(name)
         self.depth = depth
         self.run: VisionRun | None = None
 
-    def install(self, hooks: Hooks, tap: Callable[[int], Tap]) -> None:
+    def install(self, hooks: Hooks, encoder: Encoder) -> None:
         for layer, names in sorted(self.wanted.items()):
+            rows = names - {"encoder_states"}
+            if rows:
+                encoder.tap(layer).install(hooks, partial(self._attended, layer, rows))
+            if "encoder_states" in names:
+                hooks.after(encoder.blocks[layer], partial(self._left, layer, encoder))
 
-            def use(parts: list[Queries], layer: int = layer, names: frozenset[str] = frozenset(names)) -> None:
-                if self.run is not None:
-                    with torch.no_grad():
-                        self.run.fields.update({(name, layer): flatten(name, parts) for name in names})
+    def _attended(self, layer: int, names: set[str], parts: list[Queries]) -> None:
+        if self.run is not None:
+            with torch.no_grad():
+                self.run.fields.update({(name, layer): flatten(name, parts) for name in names})
 
-            tap(layer).install(hooks, use)
+    def _left(self, layer: int, encoder: Encoder, module: Any, args: Any, output: Any) -> None:
+        if self.run is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.run.fields["encoder_states", layer] = encoder.patch_states(hidden.detach())
 
     def evidence(self, needs: Mapping[str, LayerSpec], layout: Layout, first: Tensor) -> dict[str, Any]:
         """The fields of ``needs`` that come from the encoder, for B pictures of one layout whose patches begin at
@@ -211,7 +162,9 @@ class Probe:
         for name, spec in needs.items():
             if name == "encoder_features" and run.features is not None:
                 out[name] = _tokens(run.features, layout, first, join=True)
-            elif name in ATTENTION_FIELDS:
+            elif name == "patch_pixels" and run.pixels is not None:
+                out[name] = _tokens(run.pixels, layout, first, join=True)
+            elif name in LAYER_FIELDS:
                 values = [_field(name, run.fields[name, layer], layout, first) for layer in layers_of(spec, self.depth)]
                 out[name] = tuple(values) if isinstance(spec, (slice, tuple)) else values[0]
         return out
@@ -220,9 +173,9 @@ class Probe:
 def _field(name: str, value: Any, layout: Layout, first: Tensor) -> Tensor:
     if name == "encoder_attention":
         return torch.stack([_square(value, layout, start) for start in first.tolist()])
-    if name == "cls_attention":
+    if name in ("cls_attention", "cls_logits"):
         return _tokens(value.T, layout, first).transpose(1, 2)
-    if name == "encoder_keys":
+    if name in ("encoder_keys", "encoder_states"):
         return _tokens(value, layout, first, join=True)
     return _tokens(value[:, None], layout, first)[..., 0]
 

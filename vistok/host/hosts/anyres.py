@@ -32,13 +32,13 @@ class AnyresHost(LlavaHost):
         self._call: Mapping[str, Any] = {}
         self._signature = inspect.signature(self.base.get_image_features)
 
-    def watch(self, hooks: Hooks, probe: Probe, keep_features: bool) -> None:
+    def watch(self, hooks: Hooks, probe: Probe) -> None:
         # generate() encodes the pictures before it calls the model, and no module is given their sizes.
         def called(*args: Any, **kwargs: Any) -> None:
             self._call = self._signature.bind_partial(*args, **kwargs).arguments
 
         hooks.watch(self.base, "get_image_features", called)
-        super().watch(hooks, probe, keep_features)
+        super().watch(hooks, probe)
 
     def call_of(self, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         call, self._call = self._call, {}

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from vistok.host.hooks import Hooks
 from vistok.host.layout import Layout
-from vistok.host.vision import Probe, Tap, VisionRun
+from vistok.host.reducer import Reducer
+from vistok.host.taps import Tap
+from vistok.host.vision import Probe, VisionRun
 
 
 class UnsupportedModel(ValueError):
@@ -22,6 +24,10 @@ class Host(ABC):
 
     merge = 1
     """Encoder patches that one token of the language model is made of."""
+    class_token = False
+    """Whether the encoder's sequences begin with a class token."""
+    pixels_argument = "pixel_values"
+    """The name of the encoder's first argument."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -68,8 +74,20 @@ class Host(ABC):
     def tap(self, layer: int) -> Tap:
         """How to get queries and keys of an encoder layer."""
 
-    def watch(self, hooks: Hooks, probe: Probe, keep_features: bool) -> None:
-        """Hook the encoder so that ``probe.run`` holds the last run; its ``features`` only if ``keep_features``."""
+    def check_needs(self, method: Reducer) -> None:
+        """Raise ValueError if ``method`` needs what this model cannot give."""
+        name = type(method).__name__
+        if "cls_logits" in method.needs and not self.class_token:
+            raise ValueError(
+                f"{name} needs cls_logits, which {self.name} cannot give: its vision encoder "
+                f"({type(self.tower).__name__}) has no class token"
+            )
+        how = method.layer_needs.get("llm_importance", (1, 0))
+        if not isinstance(how, tuple) or how[0] <= 0 or how[1] < 0:
+            raise ValueError(f"{name} needs llm_importance with {how!r}, must be (temperature above 0, iterations)")
+
+    def watch(self, hooks: Hooks, probe: Probe) -> None:
+        """Hook the encoder so that ``probe.run`` holds the last run, with what of it ``probe.asked`` names."""
         hooks.before(self.tower, lambda module, args, kwargs: self._begin(probe, args, kwargs))
 
         def projecting(module: Any, args: Any, kwargs: Any) -> None:
@@ -77,17 +95,34 @@ class Host(ABC):
             if run is None or run.rows:  # later calls are our own, see project()
                 return
             run.rows = args[0].shape[:-1].numel()
-            if keep_features:
+            if "encoder_features" in probe.asked:
                 run.features = self.patch_rows(args[0].detach(), run)
 
         hooks.before(self.projector, projecting)
 
     def _begin(self, probe: Probe, args: Any, kwargs: Any) -> None:
         probe.run = VisionRun(call=self.call_of(args, kwargs))
+        if "patch_pixels" in probe.asked:
+            probe.run.pixels = self.patch_pixels(self.pixels(args, kwargs))
+
+    def pixels(self, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """The pictures that a call of the vision encoder was given."""
+        return args[0] if args else kwargs[self.pixels_argument]
 
     def call_of(self, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What ``layouts`` has to know of a call of the vision encoder."""
-        return {"units": (args[0] if args else kwargs["pixel_values"]).shape[0]}
+        return {"units": self.pixels(args, kwargs).shape[0]}
+
+    def patch_pixels(self, pixels: Tensor) -> Tensor:
+        """(S, P) float32 grey values, flat over patches, each in raster order; ``pixels`` (units, channels, H, W)."""
+        size = self.model.config.vision_config.patch_size
+        h, w = (size, size) if isinstance(size, int) else size
+        grey = pixels.detach().float().mean(1)
+        return grey.unfold(1, h, h).unfold(2, w, w).flatten(3).flatten(0, 2)
+
+    def patch_states(self, hidden: Tensor) -> Tensor:
+        """(S, Dv) flat over patches, of an encoder layer's output (units, tokens, Dv); the class token left out."""
+        return hidden[:, int(self.class_token) :].flatten(0, 1)
 
     def patch_rows(self, features: Tensor, run: VisionRun) -> Tensor:
         """(S, Dv) flat over patches, of what the projector was given."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from vistok.core import flops
 from vistok.host.hosts.base import Host, UnsupportedModel
 from vistok.host.layout import Layout, Part
-from vistok.host.vision import SplitTap, Tap, VisionRun
+from vistok.host.taps import SplitTap, Tap
+from vistok.host.vision import VisionRun
 
 
 class InternVLHost(Host):
@@ -20,6 +21,8 @@ class InternVLHost(Host):
     A picture is a run of image placeholders without a gap, as the processor writes it: one tile, or several of which
     the last is the thumbnail. In the evidence the thumbnail comes first.
     """
+
+    class_token = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -39,7 +42,7 @@ class InternVLHost(Host):
     def tap(self, layer: int) -> Tap:
         attention = self.blocks[layer].attention
         # q_norm and k_norm are there in any case, as identities where the model has none
-        return SplitTap(attention, attention.q_norm, attention.k_norm, class_token=True)
+        return SplitTap(attention, attention.q_norm, attention.k_norm, self.class_token)
 
     @cached_property
     def shuffle(self) -> Tensor:

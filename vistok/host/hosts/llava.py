@@ -9,7 +9,8 @@ from torch import Tensor
 from vistok.core import flops
 from vistok.host.hosts.base import Host, UnsupportedModel, square
 from vistok.host.layout import Layout, plain
-from vistok.host.vision import SplitTap, Tap, VisionRun
+from vistok.host.taps import SplitTap, Tap
+from vistok.host.vision import VisionRun
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 

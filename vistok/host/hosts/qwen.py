@@ -13,11 +13,14 @@ from transformers.vision_utils import get_vision_window_index
 from vistok.core import flops
 from vistok.host.hosts.base import Host, UnsupportedModel
 from vistok.host.layout import Layout, plain
-from vistok.host.vision import PackedTap, Tap, VisionRun
+from vistok.host.taps import PackedTap, Tap
+from vistok.host.vision import VisionRun
 
 
 class QwenHost(Host):
     """Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and Qwen3VLForConditionalGeneration."""
+
+    pixels_argument = "hidden_states"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -62,9 +65,17 @@ class QwenHost(Host):
         return PackedTap(attention, attention.qkv, rotate, lambda: self._order)
 
     def patch_rows(self, features: Tensor, run: VisionRun) -> Tensor:
+        return self.patch_states(features)
+
+    def patch_states(self, hidden: Tensor) -> Tensor:
         if self._order is None:
-            return features
-        return torch.empty_like(features).index_copy_(0, self._order.to(features.device), features)
+            return hidden
+        return torch.empty_like(hidden).index_copy_(0, self._order.to(hidden.device), hidden)
+
+    def patch_pixels(self, pixels: Tensor) -> Tensor:
+        config = self.tower.config
+        shape = (config.in_channels, config.temporal_patch_size, config.patch_size**2)
+        return pixels.detach().float().unflatten(1, shape).mean((1, 2))  # a picture is given as two equal frames
 
     def project(self, tokens: Tensor) -> Tensor:
         batch, kept, width = tokens.shape
