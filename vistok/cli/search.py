@@ -45,9 +45,10 @@ def search(
     check_setting_path(out)
     cases, _ = read_questions(world, data, n, seed)
     loaded, processor = load_model(model, "MODEL")
-    from vistok.bench.search import read_space
+    from vistok.bench.search import check_space, read_space
     from vistok.bench.search import search as run
 
+    ranges = check_space(names[0], read_space(space) if space else None, {})
     with progress() as bar:
         task = bar.add_task("trying settings", total=calls)
 
@@ -58,7 +59,7 @@ def search(
 
         found = run(
             loaded, processor, names[0], cases,
-            keep=share, space=read_space(space) if space else None, calls=calls, starts=starts, seed=seed,
+            keep=share, space=ranges, calls=calls, starts=starts, seed=seed,
             journal=out.with_suffix(".journal.jsonl"), on_call=tell,
         )  # fmt: skip
     path = found.setting().write(out)

@@ -2,7 +2,8 @@
 
 ``geometric_stages`` and ``stage_counts`` turn a falling shape (authors give it as an example for one model, such as 96
 tokens and 32 after layer 16 of 32) into whole numbers for any depth whose mean over the layers is exact, so that staged
-methods can be compared with others at equal cost. ``raster_slots`` puts slots back where their anchors stand.
+methods can be compared with others at equal cost; ``stages_from_all`` does so for methods that let all tokens into the
+decoder's first layers. ``raster_slots`` puts slots back where their anchors stand.
 """
 
 from __future__ import annotations
@@ -44,6 +45,54 @@ def geometric_stages(
     last = max(len(starts) - 1, 1)
     counts = stage_counts(lengths, tuple(fall ** (i / last) for i in range(len(starts))), mean, limit)
     return counts[0], dict(zip(starts[1:], counts[1:], strict=True))
+
+
+def stages_from_all(
+    depths: Sequence[float], shape: Sequence[float], mean: int, limit: int, num_layers: int
+) -> dict[int, int]:
+    """From which layer on how many tokens are left, where all ``limit`` tokens enter the decoder's first layers.
+
+    ``depths`` rise within [0, 1], shares of ``num_layers``; ``shape``, one for each, positive and not rising: what the
+    stages' counts are proportional to. Counts are whole, in 1..``limit`` and do not rise. Their mean over all layers,
+    with ``limit`` before the first stage, is as near to ``mean`` as whole counts come: less than half a token off.
+
+    Layers of all tokens may spend 3/4 of the budget, so that something is left to choose with. A smaller ``mean`` moves
+    the stages towards layer 0, which every ``mean`` can be met from; the layers after the first stage are divided among
+    the stages in the same proportions. Stages that fall on one layer are one, with the last one's shape. No stages for
+    ``mean == limit``.
+    """
+    if len(depths) != len(shape) or not depths:
+        raise ValueError(f"depths: got {len(depths)}, must be as many as the {len(shape)} entries of shape, at least 1")
+    if any(not 0 <= depth <= 1 for depth in depths) or list(depths) != sorted(depths):
+        raise ValueError(f"depths: got {tuple(depths)}, must rise within [0, 1]")
+    if min(shape) <= 0 or list(shape) != sorted(shape, reverse=True):
+        raise ValueError(f"shape: got {tuple(shape)}, must be positive and not rising")
+    if num_layers < 1:
+        raise ValueError(f"num_layers: got {num_layers}, must be 1 or more")
+    if not 1 <= mean <= limit:
+        raise ValueError(f"mean: got {mean}, must be between 1 and the limit of {limit} tokens")
+    if mean == limit:
+        return {}
+    planned = [min(math.ceil(depth * num_layers - 1e-9), num_layers - 1) for depth in depths]
+    affordable = min(3 * mean * num_layers // (4 * limit), num_layers * (mean - 1) // (limit - 1))
+    first = min(planned[0], affordable)
+    stretch = (num_layers - first) / (num_layers - planned[0])
+    where = {
+        first + math.floor((start - planned[0]) * stretch + 0.5): s for start, s in zip(planned, shape, strict=True)
+    }
+    starts = list(where)
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], num_layers], strict=True)]
+    total = mean * num_layers - first * limit
+    quotas = _quotas(lengths, list(where.values()), total, limit)
+    windows = [range(max(1, math.ceil(q - 1)), min(limit, math.floor(q + 1)) + 1) for q in quotas]
+
+    def error(counts: tuple[int, ...]) -> tuple[int, float]:
+        spent = sum(n * c for n, c in zip(lengths, counts, strict=True))
+        return abs(spent - total), sum(n * (c - q) ** 2 for n, c, q in zip(lengths, counts, quotas, strict=True))
+
+    falling = (counts for counts in product(*windows) if list(counts) == sorted(counts, reverse=True))
+    best = min(falling, key=error)
+    return dict(zip(starts, best, strict=True))
 
 
 @lru_cache(maxsize=256)
