@@ -1,7 +1,7 @@
 """Greedy set selections: each step adds the token that is best given those already chosen.
 
 * ``farthest_points``: max-min diversity, the farthest-first traversal (Gonzalez 1985), within factor 2 of the best
-  k-center radius.
+  k-center radius; started at the most isolated token in DivPrune, weighted by token in ZOO-Prune.
 * ``max_sum``: least total similarity to the chosen ones (ToDRE).
 * ``facility_location``: coverage (MMTok); greedy is within 1 - 1/e of the optimum (Nemhauser, Wolsey, Fisher 1978),
   run lazily (Minoux 1978).
@@ -22,28 +22,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vistok.core.tensors import check_k, gram, length, take, unit, upcast
+from vistok.core.tensors import PANEL, check_k, gram, length, take, unit, upcast
 
 Metric = Literal["euclidean", "cosine"]
 
 LAZY_START = 16
 """Columns whose gain ``facility_location`` brings up to date in its first round (8 to 32 measure alike at N = 576)."""
 
+WHOLE = 4096
+"""Most tokens of which the whole Gram matrix is held (64 MiB a picture)."""
+
 
 def similarity_rows(x: Tensor, k: int) -> Callable[[Tensor], Tensor]:
     """A function ``pick (B,) -> (B, N)``: products of the row ``pick`` of ``x`` (B, N, D) with all rows.
 
-    For ``k`` calls. From about N / 16 of them on the Gram matrix is computed first (N x N memory, at most 4096 tokens);
-    below, each call reads all features.
+    For ``k`` calls. From about N / 16 of them on the Gram matrix is computed first (N x N memory, at most ``WHOLE``
+    tokens); below, each call reads all features.
     """
     x = x.detach()
     n = x.shape[1]
-    if 16 * k >= n and n <= 4096:
-        products = gram(x)
-        every = torch.arange(len(x), device=x.device)
-        return lambda pick: products[every, pick]
+    if 16 * k >= n and n <= WHOLE:
+        return _rows_of(gram(x))
     # Row times matrix: 4 times as fast as matrix times column in the batched product of the CPU.
     return lambda pick: torch.bmm(take(x, pick[:, None]), x.transpose(1, 2))[:, 0]
+
+
+def _rows_of(products: Tensor) -> Callable[[Tensor], Tensor]:
+    every = torch.arange(len(products), device=products.device)
+    return lambda pick: products[every, pick]
 
 
 def _first(x: Tensor, start: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -61,38 +67,75 @@ def _first(x: Tensor, start: Tensor | None, mask: Tensor | None) -> Tensor:
 
 
 def farthest_points(
-    x: Tensor, k: int, start: Tensor | None = None, metric: Metric = "euclidean", mask: Tensor | None = None
+    x: Tensor,
+    k: int,
+    start: Tensor | Literal["isolated"] | None = None,
+    metric: Metric = "euclidean",
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """(B, k) in pick order: each next token of ``x`` (B, N, D) is the one farthest from its nearest chosen one.
 
-    ``start`` (B,) int64 is the first pick, by default the row of largest Euclidean length. "euclidean" compares
-    squared distances, "cosine" 1 - cosine.
+    ``start`` (B,) int64 is the first pick, by default the row of largest Euclidean length; "isolated" starts at the
+    token farthest from its nearest other one. "euclidean" compares squared distances, "cosine" 1 - cosine. ``weight``
+    (B, N), 0 or more, multiplies the distance of each token; what rounding leaves of a distance then counts as 0.
     """
     b, n, _ = x.shape
     check_k(k, n, mask)
+    if isinstance(start, str) and start != "isolated":
+        raise ValueError(f"start: got {start!r}, must be positions, 'isolated' or None")
+    if weight is not None and (weight.shape != x.shape[:2] or bool((weight < 0).any())):
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, must be ({b}, {n}) and nowhere negative")
     picks = torch.empty(b, k, dtype=torch.int64, device=x.device)
     if not k:
         return picks
-    pick = _first(x, start, mask)
+    pick = None if isinstance(start, str) else _first(x, start, mask)
     if metric == "cosine":
         x = unit(x.detach())
     elif metric == "euclidean":
         x = upcast(x.detach())
     else:
         raise ValueError(f"metric: got {metric!r}, must be 'euclidean' or 'cosine'")
-    products = similarity_rows(x, k)
     square = x.square().sum(-1) if metric == "euclidean" else x.new_ones(b, n)
+    if pick is not None:
+        products = similarity_rows(x, k)
+    else:  # needs all pairs: one Gram matrix for the start and the steps
+        whole = gram(x) if n <= WHOLE else None
+        products = similarity_rows(x, k) if whole is None else _rows_of(whole)
+        pick = _isolated(x, square, whole, mask)
     # |x - c|^2 = |x|^2 + |c|^2 - 2 x.c; for unit rows it is 2 (1 - cosine), the same ranking.
     nearest = x.new_full((b, n), torch.inf)
     barred = x.new_zeros(b, n) if mask is None else x.new_zeros(b, n).masked_fill_(~mask, -torch.inf)
     for step in range(k):
         if step:
-            pick = (nearest + barred).argmax(1)
+            pick = ((nearest if weight is None else nearest * weight) + barred).argmax(1)
         picks[:, step] = pick
         barred.scatter_(1, pick[:, None], -torch.inf)
-        distance = square + square.gather(1, pick[:, None]) - 2 * products(pick)
+        scale = square + square.gather(1, pick[:, None])
+        distance = scale - 2 * products(pick)
+        if weight is not None:
+            distance = torch.where(distance > 16 * torch.finfo(x.dtype).eps * scale, distance, 0)
         nearest = torch.minimum(nearest, distance.clamp_min_(0))
     return picks
+
+
+def _isolated(x: Tensor, square: Tensor, products: Tensor | None, mask: Tensor | None) -> Tensor:
+    """(B,) the row of ``x`` (B, N, D) farthest from its nearest other row; ``square`` (B, N) as in the distance.
+
+    ``products``: the Gram matrix, or None to compute it panel by panel without holding it.
+    """
+    n = x.shape[1]
+    nearest = []
+    for i in range(0, n, PANEL):
+        j = min(i + PANEL, n)
+        panel = torch.bmm(x[:, i:j], x.transpose(1, 2)) if products is None else products[:, i:j]
+        distance = torch.sub(square[:, None], panel, alpha=2)
+        distance[:, torch.arange(j - i), torch.arange(i, j)] = torch.inf
+        if mask is not None:
+            distance.masked_fill_(~mask[:, None], torch.inf)
+        nearest.append(square[:, i:j] + distance.amin(2))
+    gap = torch.cat(nearest, 1)
+    return (gap if mask is None else gap.masked_fill(~mask, -torch.inf)).argmax(1)
 
 
 def max_sum(x: Tensor, k: int, start: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -208,9 +251,10 @@ def _dpp(diagonal: Tensor, kernel_row: Callable[[Tensor], Tensor], k: int, mask:
     b, n = diagonal.shape
     check_k(k, n, mask)
     volume = diagonal if mask is None else diagonal.masked_fill(~mask, 0)
-    # ``volume`` is what each token would add, its squared distance to the span of the chosen ones; below ``floor`` it
-    # is rounding noise and counts as 0. ``spent`` stands in for it then: 0, or -inf where a token is chosen or padded.
-    floor = volume.amax(1, keepdim=True) * torch.finfo(volume.dtype).eps * n if n else volume
+    # ``volume`` is what each token would add, its squared distance to the span of the chosen ones; below ``floor``, in
+    # proportion to its own length, it is rounding noise and counts as 0. ``spent`` stands in for it then: 0, or -inf
+    # where a token is chosen or padded.
+    floor = volume * torch.finfo(volume.dtype).eps * n
     spent = torch.zeros_like(volume) if mask is None else torch.zeros_like(volume).masked_fill_(~mask, -torch.inf)
     factor = volume.new_zeros(b, k, n)
     picks = torch.empty(b, k, dtype=torch.int64, device=volume.device)
