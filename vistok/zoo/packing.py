@@ -39,7 +39,8 @@ class Batch:
     target: Tensor
     """(B, S) int64, the next token where it is part of an answer, else IGNORE"""
     labels: dict[str, Tensor]
-    """each (B, N) int64: the world's label of every patch ("shape", "colour", "character"), 0 is background"""
+    """each (B, N, 2) int64: the world's label of the left and right half of every patch, 0 is nothing. Two, since
+    letters are narrower than patches."""
 
 
 def pack(pictures: list[Picture], tokenizer: PreTrainedTokenizerFast, grid: int) -> Batch:
@@ -72,8 +73,8 @@ def pack(pictures: list[Picture], tokenizer: PreTrainedTokenizerFast, grid: int)
     text, segment, position, target = (
         torch.stack([pad(row[i], (0, length - len(row[i])), value=fill[i]) for row in columns]) for i in range(4)
     )
-    by_picture = [patch_labels(picture, grid) for picture in pictures]
-    labels = {name: np.stack([one[name].ravel() for one in by_picture]) for name in by_picture[0]}
+    by_picture = [patch_labels(picture, (grid, 2 * grid)) for picture in pictures]
+    labels = {name: np.stack([one[name].reshape(-1, 2) for one in by_picture]) for name in by_picture[0]}
     return Batch(
         pixels=torch.from_numpy(np.stack([picture.image for picture in pictures])),
         text=text,

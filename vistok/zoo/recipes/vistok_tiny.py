@@ -88,11 +88,11 @@ TASKS = (("scenes", 0.4), ("words", 0.2), ("charts", 0.2), ("forms", 0.2))
 RECIPE = Recipe(
     name="vistok-tiny",
     stages=(
-        Stage("patches", steps=1000, batch_size=32, peak_lr=2e-3, language=False, tasks=TASKS),
-        Stage("questions", steps=1900, batch_size=16, peak_lr=1.5e-3, language=True, tasks=TASKS),
+        Stage("patches", steps=1200, batch_size=32, peak_lr=2e-3, language=False, tasks=TASKS),
+        Stage("questions", steps=3400, batch_size=16, peak_lr=1.5e-3, language=True, tasks=TASKS),
         # A language model that has only ever seen whole pictures takes any gap in them for content: it counts twice, it
         # repeats a digit. Large models are not like that, and what a method keeps would not show.
-        Stage("fewer tokens", steps=1100, batch_size=16, peak_lr=1e-3, language=True, tasks=TASKS, drop=0.6),
+        Stage("fewer tokens", steps=500, batch_size=16, peak_lr=1e-3, language=True, tasks=TASKS, drop=0.6),
     ),
     image_size=IMAGE_SIZE,
     grid=GRID,
