@@ -103,3 +103,20 @@ def test_errors():
         attention_pagerank(q, q, 1.0, 1, block=0)
     with pytest.raises(ValueError, match="k: got 3 tokens, must be the 4 of q"):
         attention_pagerank(q, q[:, :, :3], 1.0, 1)
+
+
+@given(st.integers(2, 9), st.integers(1, 5), st.booleans(), st.integers(0, 999))
+def test_tokens_that_see_what_they_are_allowed_to(m: int, block: int, padded: bool, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 2, 3, m, 4, generator=generator, dtype=torch.float64)
+    allowed = torch.rand(2, m, m, generator=generator) < 0.5
+    allowed[:, range(m), range(m)] = True
+    real = torch.rand(2, m, generator=generator) < 0.7 if padded else torch.ones(2, m, dtype=torch.bool)
+    real[:, seed % m] = True
+    got = attention_pagerank(q, k, 0.5, 3, 0.3, block, mask=real if padded else None, allowed=allowed)
+    logits = (q @ k.transpose(2, 3) * 0.3 / 0.5).masked_fill(~(allowed & real[:, None])[:, None], -math.inf)
+    weights = logits.softmax(-1).masked_fill(~real[:, None, :, None], 0)
+    rank = (real / real.sum(1, keepdim=True)).double()[:, None].expand(2, 3, m)
+    for _ in range(3):
+        rank = (rank[:, :, None] @ weights)[:, :, 0]
+    torch.testing.assert_close(got, rank)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistok.core.ragged import absorb, positions, top_mask
+from vistok.core.ragged import absorb, fold, positions, top_mask
 
 
 @given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 3))
@@ -62,3 +62,34 @@ def test_affinity_of_another_shape_is_named():
     centres = torch.tensor([[True, False]])
     with pytest.raises(ValueError, match="affinity"):
         absorb(torch.zeros(1, 2, 3), centres, centres, torch.zeros(1, 2, 2), torch.ones(1, 2), 1)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 10), st.integers(1, 3))
+def test_fold_against_loops(seed, n, b):
+    g = torch.Generator().manual_seed(seed)
+    x, values = torch.randn(2, b, n, 5, generator=g, dtype=torch.float64)
+    weight = torch.randint(0, 4, (b, n), generator=g).double()  # with ties
+    role = torch.randint(0, 3, (b, n), generator=g)  # stays, folds, dropped
+    stays, folds = role == 0, role == 1
+    owner = torch.full((b, n), -1)
+    for i in range(b):
+        kept = stays[i].nonzero()[:, 0].tolist()
+        for j in (~stays[i]).nonzero()[:, 0].tolist():
+            if kept and torch.rand((), generator=g) < 0.3:
+                owner[i, j] = kept[j % len(kept)]
+    places, real, tokens, source = fold(x, values, stays, owner, folds, weight)
+    for i in range(b):
+        folding = folds[i].nonzero()[:, 0].tolist()
+        extra = max(folding, key=lambda j: (float(weight[i, j]), -j), default=None)
+        kept = sorted([*stays[i].nonzero()[:, 0].tolist(), *([] if extra is None else [extra])])
+        assert places[i][real[i]].tolist() == kept
+        for slot, j in enumerate(kept):
+            expected = sum(weight[i, o] * x[i, o] for o in folding) if j == extra else values[i, j]
+            torch.testing.assert_close(tokens[i, slot], expected)
+        for j in range(n):
+            if j in kept:
+                assert source[i, j] == kept.index(j)
+            elif owner[i, j] >= 0:
+                assert source[i, j] == kept.index(int(owner[i, j]))
+            else:
+                assert source[i, j] == (kept.index(extra) if j in folding else -1)

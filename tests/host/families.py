@@ -30,19 +30,43 @@ VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_att
 class Family:
     name: str
     build: Callable[[], Any]
-    pictures: Callable[[list[int]], tuple[dict[str, Any], list[int], list[list[int]]]]
-    """Sizes (0: small, 1: other) to: model inputs, placeholders of each picture, and for each picture the placeholder
-    of each of its tokens in the order of the evidence."""
+    pictures: Callable[[list[int]], tuple[dict[str, Any], list[int] | list[list[int]], list[list[int]]]]
+    """Sizes (0: small, 1: other) to: model inputs; for each picture how many placeholders it has, or all its ids where
+    there is text between them; and the place of each of its tokens among these, in the order of the evidence."""
     sizes: int = 1
     """How many sizes of picture it takes."""
     patches: Callable[[int], list[list[int]]] = lambda size: [[i] for i in range(16)]
     """Size to the encoder's patches (counted from the picture's first) of each token, in the order of the evidence."""
     spent: tuple[int, ...] = (16,)
     """Patches that the encoder spends on a picture of each size."""
+    units: bool = True
+    """Whether the encoder works on equal units; else on one sequence of pictures of any size."""
+    class_token: bool = False
+    types: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Ids of a batch to its token_type_ids, where the model wants them."""
+    effort: bool = True
+    """Whether it takes methods that spend less on visual tokens without dropping them."""
 
     @property
     def model(self) -> Any:
         return _model(self)
+
+
+def language_model(model: Any) -> Any:
+    """The decoder in a model."""
+    return getattr(model.model, "language_model", None) or model.model.text_model
+
+
+def tower(model: Any) -> Any:
+    """The vision encoder in a model."""
+    return next(getattr(model.model, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(model.model, n))
+
+
+def blocks(model: Any) -> Any:
+    """Its layers."""
+    encoder = tower(model)
+    encoder = getattr(encoder, "encoder", None) or getattr(encoder, "transformer", encoder)
+    return next(getattr(encoder, name) for name in ("layers", "layer", "blocks") if hasattr(encoder, name))
 
 
 @cache
@@ -77,14 +101,14 @@ PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 ANYRES = dict(image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS)
 
 
-def _llava_next() -> Any:
-    config = tf.LlavaNextConfig(
+def _llava_next(kind: str = "LlavaNext") -> Any:
+    config = getattr(tf, f"{kind}Config")(
         vision_config=tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7),
         text_config=tf.LlamaConfig(**TEXT),
         vision_feature_layer=-2,
         **ANYRES,
     )
-    return tf.LlavaNextForConditionalGeneration(config)
+    return getattr(tf, f"{kind}ForConditionalGeneration")(config)
 
 
 def _onevision(aspect: str = "anyres_max_9") -> Any:
@@ -195,23 +219,149 @@ def _internvl_pictures(sizes):
     return {"pixel_values": _pixels(sum(tiles), 3, 56, 56)}, [16 * t for t in tiles], [orders[s] for s in sizes]
 
 
+FAKE, GLOBAL, TILE, LINE = 90, 91, 70, 92  # around tiles: before each, then which it is; a line ends
+
+
+def _idefics(kind: str) -> Any:
+    vision = getattr(tf, f"{kind}VisionConfig")(**VISION, image_size=56, patch_size=7)
+    config = getattr(tf, f"{kind}Config")(
+        vision_config=vision, text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+    )
+    return getattr(tf, f"{kind}ForConditionalGeneration")(config)
+
+
+def tiles(rows: int, columns: int) -> tuple[list[int], list[int]]:
+    """Ids of a picture in tiles as the processors of Idefics3 and SmolVLM write it, and the place of each token."""
+    ids, starts = [], []
+    for row in range(rows):
+        for column in range(columns):
+            ids += [FAKE, TILE + columns * row + column]
+            starts.append(len(ids))
+            ids += [IMAGE] * 16
+        ids.append(LINE)
+    ids += [LINE] * bool(rows) + [FAKE, GLOBAL]
+    starts = [len(ids), *starts]
+    return [*ids, *[IMAGE] * 16, FAKE], [start + i for start in starts for i in range(16)]
+
+
+def _idefics_pictures(sizes):
+    """A thumbnail alone, or two tiles and the thumbnail behind them; what is missing to three is black."""
+    pixels = _pixels(len(sizes), 3, 3, 56, 56)
+    for picture, size in zip(pixels, sizes, strict=True):
+        picture[(1, 3)[size] :] = 0
+    made = [tiles(0, 0) if size == 0 else tiles(1, 2) for size in sizes]
+    return {"pixel_values": pixels} if sizes else {}, [ids for ids, _ in made], [places for _, places in made]
+
+
+def _mistral3() -> Any:
+    config = tf.Mistral3Config(
+        vision_config=tf.PixtralVisionConfig(**VISION, image_size=56, patch_size=7),
+        text_config=tf.MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+    )
+    return tf.Mistral3ForConditionalGeneration(config)
+
+
+def _mistral3_pictures(sizes):
+    """8 x 8 patches, or 4 x 6, side by side in a batch of padded pixels; tokens end each row and the picture."""
+    shapes = [(56, 56), (28, 42)]
+    lines, places = [], []
+    for size in sizes:
+        h, w = (n // 14 for n in shapes[size])
+        lines.append([*([*[IMAGE] * w, 93] * h)[:-1], 94])
+        places.append([(w + 1) * y + x for y in range(h) for x in range(w)])
+    inputs = {
+        "pixel_values": _pixels(len(sizes), 3, 56, 56),
+        "image_sizes": torch.tensor([shapes[size] for size in sizes]),
+    }
+    return inputs if sizes else {}, lines, places
+
+
+def _mistral3_patches(size):
+    h, w = ((8, 8), (4, 6))[size]
+    return [[w * (y + dy) + x + dx for dy in (0, 1) for dx in (0, 1)] for y in range(0, h, 2) for x in range(0, w, 2)]
+
+
+GLM_TEXT = dict(rope_parameters=dict(MROPE["rope_parameters"], partial_rotary_factor=0.5, mrope_section=[1, 1, 1]))
+
+
+def _glm(kind: str = "Glm4v") -> Any:
+    vision = dict(
+        **QWEN_VISION, hidden_size=32, intermediate_size=64, out_hidden_size=48, image_size=28, initializer_range=0.3
+    )
+    config = getattr(tf, f"{kind}Config")(
+        vision_config=dict(vision, model_type="glm4v_vision"),
+        text_config=dict(**TEXT, **GLM_TEXT, model_type="glm4v_text"),
+        image_token_id=IMAGE,
+        video_token_id=97,
+    )
+    return getattr(tf, f"{kind}ForConditionalGeneration")(config)
+
+
+def _gemma3() -> Any:
+    vision = tf.SiglipVisionConfig(**VISION, image_size=56, patch_size=7, vision_use_head=False)
+    text = tf.Gemma3TextConfig(
+        **TEXT,
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        sliding_window=10,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    )
+    config = tf.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=16, image_token_id=IMAGE)
+    model = tf.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # 0 in an untrained model
+    return model
+
+
+def _paligemma() -> Any:
+    config = tf.PaliGemmaConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=7, vision_use_head=False),
+        text_config=tf.GemmaConfig(**TEXT, head_dim=12),
+        image_token_id=IMAGE,
+        projection_dim=48,
+        hidden_size=48,
+        vocab_size=99,
+    )
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+PACKED = dict(sizes=2, patches=_qwen_patches, spent=(64, 24), units=False)
+
 FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "llava-clip", lambda: _llava(tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7)), _llava_pictures
+            "llava-clip",
+            lambda: _llava(tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7)),
+            _llava_pictures,
+            class_token=True,
         ),
         Family(
             "llava-siglip",
             lambda: _llava(tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=7)),
             _llava_pictures,
         ),
-        Family("llava-next", _llava_next, _anyres_pictures, 2, _anyres_patches, (48, 80)),
+        Family("llava-next", _llava_next, _anyres_pictures, 2, _anyres_patches, (48, 80), class_token=True),
         Family("onevision", _onevision, _anyres_pictures, 2, _anyres_patches, (48, 80)),
-        Family("qwen2-vl", _qwen2, _qwen_pictures, 2, _qwen_patches, (64, 24)),
-        Family("qwen2.5-vl", _qwen2_5, _qwen_pictures, 2, _qwen_patches, (64, 24)),
-        Family("qwen3-vl", _qwen3, _qwen_pictures, 2, _qwen_patches, (64, 24)),
-        Family("internvl", _internvl, _internvl_pictures, 2, _internvl_patches, (64, 192)),
+        Family("qwen2-vl", _qwen2, _qwen_pictures, **PACKED),
+        Family("qwen2.5-vl", _qwen2_5, _qwen_pictures, **PACKED),
+        Family("qwen3-vl", _qwen3, _qwen_pictures, **PACKED),
+        Family("internvl", _internvl, _internvl_pictures, 2, _internvl_patches, (64, 192), class_token=True),
+        Family("idefics3", lambda: _idefics("Idefics3"), _idefics_pictures, 2, _internvl_patches, (64, 192)),
+        Family("smolvlm", lambda: _idefics("SmolVLM"), _idefics_pictures, 2, _internvl_patches, (64, 192)),
+        Family("mistral3", _mistral3, _mistral3_pictures, 2, _mistral3_patches, (64, 24), units=False),
+        Family("glm-4v", _glm, _qwen_pictures, **PACKED, effort=False),
+        Family(
+            "gemma3",
+            _gemma3,
+            lambda sizes: ({"pixel_values": _pixels(len(sizes), 3, 56, 56)}, *_llava_pictures(sizes)[1:]),
+            patches=_internvl_patches,
+            spent=(64,),
+            types=lambda ids: (ids == IMAGE).int(),
+            effort=False,
+        ),
+        Family("paligemma", _paligemma, _llava_pictures, types=torch.zeros_like, effort=False),
     )
 }
 SHRUNK = Family("onevision-shrunk", lambda: _onevision("anyres_max_1"), _anyres_pictures, sizes=2)
@@ -244,7 +394,8 @@ def prompt(family: Family, rows: list[list[int]], side: str = "left", text: tupl
         line, span = [1, 10 + index], []
         for _ in row:
             span.append([len(line) + t for t in tokens[number]])
-            line += [IMAGE] * lengths[number] + [20 + number]
+            shown = lengths[number]
+            line += ([IMAGE] * shown if isinstance(shown, int) else shown) + [20 + number]
             number += 1
         lines.append(line + list(text[: len(text) - index % 3]))
         spans.append(span)
@@ -255,6 +406,8 @@ def prompt(family: Family, rows: list[list[int]], side: str = "left", text: tupl
     mask = [[0] * b + [1] * len(line) + [0] * (pad - b) for b, pad, line in zip(before, pads, lines, strict=True)]
     ids = torch.tensor(ids)
     inputs = {"input_ids": ids, "attention_mask": torch.tensor(mask), **extra}
+    if family.types is not None:
+        inputs["token_type_ids"] = family.types(ids)
     if "image_grid_thw" in extra:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     columns = [[[c + b for c in t] for t in span] for b, span in zip(before, spans, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from transformers import DynamicCache
 
 
 def eager_maps(family, inputs):
@@ -12,5 +13,6 @@ def eager_maps(family, inputs):
     model = copy.deepcopy(family.model)
     model.set_attn_implementation({"text_config": "eager"})
     with torch.no_grad():
-        out = model(**inputs, output_attentions=True, use_cache=True)
+        cache = DynamicCache()  # without a configuration it keeps the keys that a window has left behind
+        out = model(**inputs, output_attentions=True, use_cache=True, past_key_values=cache)
     return out.attentions, [layer.keys for layer in out.past_key_values.layers]

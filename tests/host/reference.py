@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.host.families import language_model
 from vistok.core.position import recompact_positions
 
 
@@ -18,7 +19,7 @@ def language_inputs(model, **inputs) -> dict[str, Any]:
     def hook(module, args, kwargs):
         seen.update(kwargs)
 
-    handle = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = language_model(model).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model(**inputs)
     finally:
@@ -35,7 +36,7 @@ def generation_inputs(model, **inputs) -> dict[str, Any]:
         if not seen:
             seen.update(kwargs)
 
-    handle = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = language_model(model).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
     finally:
@@ -58,6 +59,10 @@ def one_row(given: dict[str, Any], row: int, mask: torch.Tensor) -> dict[str, An
         "positions": positions[..., row : row + 1, :][..., real],
         "real": real,
     }
+    masks = given.get("attention_mask")
+    if isinstance(masks, dict) or (masks is not None and masks.ndim == 4):  # what the plain model's layers may see
+        masks = masks if isinstance(masks, dict) else {None: masks}
+        out["masks"] = {kind: mask[row, 0][real][:, real] for kind, mask in masks.items()}
     if given.get("deepstack_visual_embeds") is not None:
         visual = given["visual_pos_masks"]
         before = int(visual[:row].sum())
@@ -77,7 +82,7 @@ def run(
 ) -> torch.Tensor:
     """Logits (L', V) of the places ``left`` (sorted) of a row; before layer r only those of ``stages[r]`` (places of
     the same row, sorted) go on."""
-    lm, stages = model.model.language_model, stages or {}
+    lm, stages = language_model(model), stages or {}
     hidden, positions, places = row["embeds"][:, left], row["positions"][..., left], left
     planes = []
     if "planes" in row:
@@ -89,8 +94,10 @@ def run(
             hidden, positions, places = hidden[:, stay], positions[..., stay], places[stay]
         if recompact:
             positions = recompact_positions(positions, torch.arange(len(places))[None])
-        rotary = lm.rotary_emb(hidden, positions)
-        mask = None
+        kinds = getattr(lm.config, "layer_types", None) if "masks" in row else None
+        kind = None if kinds is None else kinds[number]
+        rotary = lm.rotary_emb(hidden, positions, *([] if kind is None else [kind]))
+        mask = row["masks"][kind][places][:, places][None, None] if "masks" in row else None
         if lm.config._attn_implementation == "eager":
             length = hidden.shape[1]
             mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
@@ -100,6 +107,15 @@ def run(
             hidden = hidden.clone()
             hidden[0, visual] += planes[number][numbers[places[visual]]]
     return model.lm_head(lm.norm(hidden))[0]
+
+
+def longer(mask: torch.Tensor, kind: str | None, columns: torch.Tensor, model) -> torch.Tensor:
+    """A mask (L, L) for one more token of text, the last of ``columns`` (L + 1,) of the batch."""
+    window = language_model(model).config.sliding_window if kind == "sliding_attention" else None
+    seen = torch.ones_like(columns, dtype=torch.bool) if window is None else columns > columns[-1] - window
+    out = torch.zeros(len(columns), len(columns), dtype=torch.bool)
+    out[:-1, :-1], out[-1] = mask, seen
+    return out
 
 
 @torch.no_grad()
@@ -112,6 +128,9 @@ def greedy(model, row, left, steps: int, stages=None, recompact: bool = False) -
         out.append(token)
         embed = model.get_input_embeddings()(torch.tensor([[token]]))
         row["embeds"] = torch.cat([row["embeds"], embed], 1)
+        if "masks" in row:
+            row["real"] = torch.cat([row["real"], row["real"][-1:] + 1])
+            row["masks"] = {kind: longer(mask, kind, row["real"], model) for kind, mask in row["masks"].items()}
         after = row["positions"][..., -1:] + 1
         row["positions"] = torch.cat([row["positions"], after], -1)
         if "visual" in row:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.host.families import FAMILIES, IMAGE, SHRUNK, TEXT, prompt
+from tests.host.families import FAMILIES, IMAGE, SHRUNK, TEXT, blocks, prompt, tower
 from tests.host.plain import eager_maps
 from tests.host.reducers import Asks, Staged
 from vistok.host import apply
 from vistok.host.vision import layers_of
 
+LANGUAGE = ("llava-clip", "onevision", "qwen2-vl", "qwen3-vl", "internvl", "idefics3", "glm-4v", "gemma3", "paligemma")
 ENCODER = ("cls_attention", "wide_cls_attention", "received_attention", "given_attention", "encoder_attention")
 
 
@@ -23,32 +25,32 @@ class Maps:
 
     def __init__(self, family, layer, inputs):
         model, seen = family.model, {}
-        tower = model.model.visual if family.name.startswith("qwen") else model.model.vision_tower
-        if family.name.startswith("qwen"):
-            block = tower.blocks[layer]
-            attention, parts = block.attn, [block.attn.qkv]
-        elif family.name == "internvl":
-            attention = tower.encoder.layer[layer].attention
-            parts = [attention.q_norm, attention.k_norm]
-        else:
-            attention = tower.encoder.layers[layer].self_attn
-            parts = [attention.q_proj, attention.k_proj]
+        block = blocks(model)[layer]
+        attention = next(getattr(block, n) for n in ("attn", "attention", "self_attn") if hasattr(block, n))
+        names = ("qkv",), ("q_norm", "k_norm"), ("q_proj", "k_proj")
+        parts = next([getattr(attention, n) for n in some] for some in names if hasattr(attention, some[0]))
         handles = [part.register_forward_hook(lambda m, a, o, i=i: seen.update({i: o})) for i, part in enumerate(parts)]
         handles.append(attention.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True))
-        if family.name.startswith("qwen"):
-            handles.append(tower.patch_embed.register_forward_hook(lambda m, a, o: seen.update(embedded=o)))
-            first = tower.blocks[0].register_forward_pre_hook(
-                lambda m, a, k: seen.update(entered=a[0]), with_kwargs=True
-            )
-            handles.append(first)
+        windows = family.name == "qwen2.5-vl"
+        if windows:
+            embed = tower(model).patch_embed
+            handles.append(embed.register_forward_hook(lambda m, a, o: seen.update(embedded=o)))
+            enter = lambda m, a, k: seen.update(entered=a[0])  # noqa: E731
+            handles.append(blocks(model)[0].register_forward_pre_hook(enter, with_kwargs=True))
         with torch.no_grad():
             model(**inputs)
         for handle in handles:
             handle.remove()
-        if family.name.startswith("qwen"):
-            self._packed(seen, attention.num_heads)
+        if family.units:
+            self._units(seen, attention.num_heads, family.class_token)
+            return
+        if len(parts) == 1:
+            q, k, _ = seen[0].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+            cuts = seen["cu_seqlens"].tolist()
         else:
-            self._units(seen, attention.num_heads, class_token=family.name in ("llava-clip", "llava-next", "internvl"))
+            q, k = (seen[i][0].unflatten(-1, (attention.num_heads, -1)) for i in (0, 1))
+            cuts = [0, *accumulate(int(h * w) // 49 for h, w in inputs["image_sizes"])]
+        self._packed(seen, q, k, cuts, windows)
 
     def _units(self, seen, heads, class_token):
         q, k = (seen[i].unflatten(-1, (heads, -1)).transpose(1, 2) for i in (0, 1))
@@ -69,12 +71,10 @@ class Maps:
             part = slice(unit * count, (unit + 1) * count)
             self.encoder_attention[:, part, part] = full[unit, :, first:, first:]
 
-    def _packed(self, seen, heads):
-        q, k, _ = seen[0].unflatten(-1, (3, heads, -1)).unbind(1)
+    def _packed(self, seen, q, k, cuts, windows):
         cos, sin = (t[:, None] for t in seen["position_embeddings"])
         half = lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)  # noqa: E731
         q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
-        cuts = seen["cu_seqlens"].tolist()
         kind = torch.bucketize(torch.arange(len(q)), torch.tensor(cuts[1:]), right=True)
         apart = kind[:, None] != kind
         logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
@@ -83,10 +83,8 @@ class Maps:
         size = (~apart).sum(0)
         # Windowed encoders reorder the patches: find each one again by the value it entered with.
         order = torch.arange(len(q))
-        if not torch.equal(seen["embedded"], seen["entered"]) and seen["embedded"].shape == seen["entered"].shape:
-            same = (seen["embedded"][:, None] == seen["entered"]).all(-1)
-            if same.any():
-                order = same.int().argmax(1)
+        if windows:
+            order = (seen["embedded"][:, None] == seen["entered"]).all(-1).int().argmax(1)
         self.cls_attention = (full.sum(1) / size)[:, order]
         self.received_attention = self.cls_attention.mean(0)
         self.given_attention = (1 / size)[order]
@@ -218,7 +216,7 @@ SHRUNK_SHORT = type(SHRUNK)("short", SHRUNK.build, _shrunk_pictures, sizes=2)
 
 @pytest.mark.parametrize("kind", ["text", "last", "visual"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llava-clip", "onevision", "qwen2-vl", "qwen3-vl", "internvl"])
+@pytest.mark.parametrize("name", LANGUAGE)
 @torch.no_grad()
 def test_language_model_evidence(name, side, kind):
     family = FAMILIES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -11,29 +12,16 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from tests.host.families import FAMILIES, prompt
+from tests.host.families import FAMILIES, blocks, prompt, tower
 from tests.host.plain import eager_maps
 from tests.host.reducers import Asks, Spread, Staged
-from tests.host.test_evidence import Largest, wide_llava
+from tests.host.test_evidence import LANGUAGE, Largest, wide_llava
 from vistok.core.score import pagerank
 from vistok.host import Reduction, apply
 
-CLASS_TOKEN = ("llava-clip", "llava-next", "internvl")
-
-
-def is_qwen(family):
-    return family.name.startswith("qwen")
-
-
-def tower_of(family):
-    return family.model.model.visual if is_qwen(family) else family.model.model.vision_tower
-
-
-def blocks_of(family):
-    tower = tower_of(family)
-    if is_qwen(family):
-        return tower.blocks
-    return tower.encoder.layer if family.name == "internvl" else tower.encoder.layers
+CLASS_TOKEN = [name for name, family in FAMILIES.items() if family.class_token]
+QWEN_PIXELS = [name for name in FAMILIES if name.startswith(("qwen", "glm"))]
+"""Whose processors give patches, not pictures."""
 
 
 @torch.no_grad()
@@ -77,7 +65,7 @@ def joined(flat, first, patches):
 def test_class_token_logits(name):
     family, layer = FAMILIES[name], -2
     batch, pictures = run(family, {"cls_logits": layer, "cls_attention": layer})
-    block = blocks_of(family)[layer]
+    block = blocks(family.model)[layer]
     parts = block.attention if name == "internvl" else block.self_attn
     query, key = (parts.q_norm, parts.k_norm) if name == "internvl" else (parts.q_proj, parts.k_proj)
     seen = outputs(family, {"q": query, "k": key}, batch.inputs)
@@ -104,10 +92,10 @@ def test_logits_of_an_encoder_without_a_class_token_are_refused(name):
 def test_states_after_a_layer(family):
     wants = {"encoder_states": (1, -1), "encoder_features": None}
     batch, pictures = run(family, wants)
-    blocks, tower = blocks_of(family), tower_of(family)
-    modules = {1: blocks[1], 3: blocks[3], "first": blocks[0]}
-    if is_qwen(family):
-        modules["embed"] = tower.patch_embed
+    layers = blocks(family.model)
+    modules = {1: layers[1], 3: layers[3], "first": layers[0]}
+    if family.name == "qwen2.5-vl":
+        modules["embed"] = tower(family.model).patch_embed
     seen = outputs(family, modules, batch.inputs)
     order = slice(None)
     if family.name == "qwen2.5-vl":  # patches stand window by window: find each by the value it came with
@@ -115,12 +103,12 @@ def test_states_after_a_layer(family):
         assert not torch.equal(order, torch.arange(len(order)))
     for place, layer in enumerate((1, 3)):
         flat = seen[layer][order]
-        if not is_qwen(family):
-            flat = flat[:, int(family.name in CLASS_TOKEN) :].flatten(0, 1)
+        if flat.ndim == 3:
+            flat = flat[:, int(family.class_token) :].flatten(0, 1)
         for first, size, evidence, number in pictures:
             states = evidence.encoder_states[place][number]
             torch.testing.assert_close(states, joined(flat, first, family.patches(size)))
-    if is_qwen(family):
+    if family.name.startswith("qwen"):
         for _, _, evidence, _ in pictures:
             assert torch.equal(evidence.encoder_states[1], evidence.encoder_features)
 
@@ -130,13 +118,20 @@ def test_pixels_of_each_token(family):
     batch, pictures = run(family, {"patch_pixels": None})
     pixels = batch.inputs["pixel_values"]
     if pixels.ndim == 5:  # of a picture's crops only those that it was cut into
-        units = [family.spent[size] // 16 for _, size, _, _ in pictures]
+        unit = pixels.shape[-1] * pixels.shape[-2] // 49
+        units = [family.spent[size] // unit for _, size, _, _ in pictures]
         pixels = torch.cat([picture[:count] for picture, count in zip(pixels, units, strict=True)])
-    if is_qwen(family):
+    if family.name in QWEN_PIXELS:
         flat = [patch.view(3, 2, 7, 7).mean((0, 1)).flatten() for patch in pixels]
     else:
-        side = range(0, pixels.shape[-1], 7)
-        corners = [(unit, y, x) for unit in pixels for y in side for x in side]
+        sizes = batch.inputs.get("image_sizes") if family.name == "mistral3" else None
+        shapes = [pixels.shape[-2:]] * len(pixels) if sizes is None else sizes.tolist()
+        corners = [
+            (unit, y, x)
+            for unit, (h, w) in zip(pixels, shapes, strict=True)
+            for y in range(0, h, 7)
+            for x in range(0, w, 7)
+        ]
         flat = [unit.mean(0)[y : y + 7, x : x + 7].flatten() for unit, y, x in corners]
     for first, size, evidence, number in pictures:
         assert evidence.patch_pixels.dtype == torch.float32
@@ -213,7 +208,7 @@ def ranked(attention, at, temperature, iterations):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llava-clip", "onevision", "qwen2-vl", "qwen3-vl", "internvl"])
+@pytest.mark.parametrize("name", LANGUAGE)
 @torch.no_grad()
 def test_importance(name, side):
     family = FAMILIES[name]
@@ -339,3 +334,25 @@ def test_nothing_is_carried_from_a_stage_that_had_nothing_to_do():
     with apply(family.model, method, keep=0.5):
         family.model(**prompt(family, [[0]]).inputs)
     assert [evidence.carry for _, evidence in method.seen] == [None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2.5-vl", "internvl", "glm-4v", "mistral3"])
+def test_the_projector_computes_in_the_precision_of_what_it_is_given(name):
+    """A model in half precision, as most are served: its own weights, but no rounding in between."""
+    family = FAMILIES[name]
+    half = copy.deepcopy(family.model).to(torch.bfloat16)
+    exact = copy.deepcopy(half).float()
+    found = {}
+    for model in (half, exact):
+        method = Asks({"encoder_features": None, "project": None})
+        inputs = prompt(family, [[0]]).inputs
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        with apply(model, method, keep=0.5):
+            model(**inputs)
+        found[model.dtype] = method.seen[0]
+    rows = found[torch.bfloat16].encoder_features.float()
+    assert rows.dtype != found[torch.bfloat16].encoder_features.dtype
+    assert torch.equal(found[torch.bfloat16].project(rows), found[torch.float32].project(rows))
+    assert found[torch.bfloat16].project(rows.bfloat16()).dtype == torch.bfloat16
+    assert next(half.parameters()).dtype == torch.bfloat16

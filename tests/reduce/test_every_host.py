@@ -8,7 +8,9 @@ import torch
 import vistok
 from tests.host.families import FAMILIES, prompt
 
-NAMES = [card.slug for card in vistok.systems("reduce")]
+KEEPS_ALL = {"yopo"}
+"""Systems that drop no token by choice but spend less on each, see tests/host/test_effort.py."""
+NAMES = [card.slug for card in vistok.systems("reduce") if card.slug not in KEEPS_ALL]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -102,12 +102,14 @@ def attention_pagerank(
     block: int = 64,
     *,
     mask: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """(B, H, M): ``vistok.core.score.pagerank`` by head of the causal attention of M tokens to one another.
 
     ``q`` (B, H, M, d) and ``k`` (B, Hk, M, d) of the same tokens; attention is softmax(logits / ``temperature``), each
     token seeing those up to itself. Starts uniform, follows the attention ``iterations`` times, and sums to 1
-    throughout. Tokens that ``mask`` (B, M) marks False are neither queries nor keys and have rank 0. ``scale`` as in
+    throughout. Tokens that ``mask`` (B, M) marks False are neither queries nor keys and have rank 0. ``allowed``
+    (B, M, M) bool: which keys each query sees, where that is not those up to itself. ``scale`` as in
     ``attention_rows``. The map is made anew for every step, ``block`` queries at a time: memory O(H block M).
     """
     b, h, m, d = q.shape
@@ -127,9 +129,13 @@ def attention_pagerank(
     for _ in range(iterations):
         after = torch.zeros_like(rank)
         for start in range(0, m, block):
-            end = min(start + block, m)  # no query of the block sees a key beyond it
-            visible = None if mask is None else mask[:, None, None, :end]
-            weights = attention_rows(q[:, :, start:end], k[:, :, :end], scale, visible, places[:, start:end])
-            after[:, :, :end] += (rank[:, :, None, start:end] @ weights)[:, :, 0]
+            end = min(start + block, m)
+            seen = end if allowed is None else m  # causal: no query of the block sees a key beyond it
+            visible = None if mask is None else mask[:, None, None, :seen]
+            until: Tensor | None = places[:, start:end]
+            if allowed is not None:
+                visible, until = (allowed[:, start:end] & real[:, None])[:, None], None
+            weights = attention_rows(q[:, :, start:end], k[:, :, :seen], scale, visible, until)
+            after[:, :, :seen] += (rank[:, :, None, start:end] @ weights)[:, :, 0]
         rank = after
     return rank

@@ -1,8 +1,8 @@
 """Choices whose counts differ from picture to picture of a batch: bool masks (B, N) instead of positions (B, K).
 
-``absorb`` is the weighted nearest-neighbour merge of Recoverable Compression (arXiv 2409.01179), whose number of
-centres is read off the data; ``vistok.core.merge.knn_weighted`` is the form with one number for the batch and no
-exchange between centres.
+``absorb`` and ``fold`` are the merge of PruMerge (arXiv 2403.15388) and Recoverable Compression (arXiv 2409.01179),
+whose number of centres is read off the data: each centre adds up its nearest tokens, one more slot what nobody kept.
+``vistok.core.merge.knn_weighted`` is the form with one number for the batch and no exchange between centres.
 """
 
 from __future__ import annotations
@@ -63,3 +63,25 @@ def absorb(
     values = torch.cat([wide, wide[:, :1]], 1).scatter(1, behind, grown)[:, :-1]
     owner = at.gather(1, affinity.masked_fill(~entered, -torch.inf).argmax(1))
     return values, torch.where(entered.any(1), owner, -1)
+
+
+def fold(
+    x: Tensor, values: Tensor, stays: Tensor, owner: Tensor, folds: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slots that stay, and one more: at the token of largest ``weight`` of those that fold, their weighted sum.
+
+    ``x`` (B, N, D) and its ``values`` (B, N, D) after ``absorb``; ``stays`` and ``folds`` (B, N) bool, apart; ``owner``
+    (B, N) int64 as of ``absorb``; ``weight`` (B, N). Nothing folds in a picture without any: it gets no more slot.
+
+    Returns positions (B, K) ascending and (B, K) bool, which of them are real; tokens (B, K, D) as ``values``; and
+    (B, N) int64, the slot that each token ended in: its own, its owner's, the extra one where it folds, else -1.
+    """
+    extra = top_mask(weight, torch.ones_like(owner[:, 0]), folds)
+    folded = torch.bmm((weight * folds).unsqueeze(1).to(values.dtype), x.to(values.dtype))
+    values = torch.where(extra.unsqueeze(2), folded, values)
+    stays = stays | extra
+    places, real = positions(stays)
+    slot = stays.cumsum(1) - 1
+    source = torch.where(folds, (slot * extra).sum(1, keepdim=True), -1)
+    source = torch.where(owner >= 0, slot.gather(1, owner.clamp_min(0)), source)
+    return places, real, take(values, places), torch.where(stays, slot, source)

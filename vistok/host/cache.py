@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class ReducedLayer(DynamicLayer):
@@ -118,10 +118,12 @@ def adopt(cache: Cache, num_layers: int) -> list[ReducedLayer]:
     for index, old in enumerate(cache.layers):
         if isinstance(old, ReducedLayer):
             continue
-        if type(old) is not DynamicLayer:
+        # A window that has seen nothing yet may hold all keys instead: its mask then says what it sees.
+        fresh_window = type(old) is DynamicSlidingWindowLayer and not old.is_initialized
+        if type(old) is not DynamicLayer and not fresh_window:
             raise ValueError(
                 f"past_key_values: got a {type(old).__name__} for layer {index}; vistok reduces a DynamicCache without "
-                "sliding windows only, so leave cache_implementation unset"
+                "filled sliding windows only, so leave cache_implementation unset"
             )
         new = ReducedLayer()
         if old.is_initialized:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from vistok.host.cache import ReducedLayer, adopt, reduced_layers
 from vistok.host.deepstack import DeepStack
+from vistok.host.effort import Effort, Spending
 from vistok.host.hooks import Hooks
 from vistok.host.hosts import Host
 from vistok.host.keep import Keep
@@ -28,7 +29,7 @@ from vistok.host.reducer import Reducer
 from vistok.host.rows import pack, places, take
 from vistok.host.steps import Steps, needs_of
 from vistok.host.stream import Stream
-from vistok.host.text import question_tokens, special_ids
+from vistok.host.text import outside, question_tokens, special_ids
 from vistok.host.vision import Probe
 
 Position = Literal["keep", "recompact"]
@@ -39,6 +40,8 @@ class Engine:
 
     def __init__(self, host: Host, methods: Sequence[Reducer], keep: Keep | Sequence[Keep], position: Position) -> None:
         self.host, self.methods, self.position = host, methods, position
+        for method in methods:
+            host.check_needs(method)
         self.needs = [needs_of(method) for method in methods]
         self.probe = Probe(self.needs, len(host.blocks))
         self.log = Log(host, self.probe)
@@ -51,19 +54,25 @@ class Engine:
         self.stream: Stream | None = None
         self.deepstack: DeepStack | None = None
         self.armed: list[ReducedLayer] = []
+        efforts = [method for method in methods if isinstance(method, Effort)]
+        if len(efforts) > 1:
+            raise ValueError(f"method: got {efforts}, must be at most one that spends less on each token")
+        self.spending = Spending(host, efforts[0]) if efforts else None
 
     def install(self, hooks: Hooks) -> None:
         host = self.host
         hooks.before(host.model, check_call)
         hooks.before(host.base, self._see_prompt)
         self.log.watch(hooks)
-        host.watch(hooks, self.probe, any("encoder_features" in need for need in self.needs))
-        self.probe.install(hooks, host.tap)
+        host.watch(hooks, self.probe)
+        self.probe.install(hooks, host)
         hooks.before(host.language_model, self._before)
         for index, layer in enumerate(host.layers):
             hooks.before(layer, partial(self._before_layer, index))
             hooks.after(layer, partial(self._after_layer, index))
         hooks.after(host.language_model, self._after, always=True)
+        if self.spending is not None:
+            self.spending.install(hooks)
 
     # The outer model -----------------------------------------------------------------------------------------------
 
@@ -78,6 +87,7 @@ class Engine:
         prompt, self.prompt = self.prompt, None
         self.forget()
         self.log.leaves_encoder()
+        width = _embeds(kwargs).shape[1]
         if prompt is not None and bool(prompt.visual.any()):
             with self.log.time("select"):
                 kwargs = self._reduce(prompt, kwargs)
@@ -88,6 +98,8 @@ class Engine:
         self.armed = reduced_layers(kwargs.get("past_key_values"))
         for layer in self.armed:
             layer.armed = True
+        if self.spending is not None:
+            self.spending.begins(self.groups, width)
         return args, kwargs
 
     def _go_on(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -101,14 +113,14 @@ class Engine:
         return kwargs | stream.inputs()
 
     def _stream(self, kwargs: dict[str, Any], cache: Cache | None) -> Stream:
-        embeds = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        return Stream(
+        embeds = _embeds(kwargs)
+        return self.host.stream(
             self.host.language_model,
             cache,
             reduced_layers(cache),
             (embeds.shape[0], embeds.shape[1]),
             kwargs.get("position_ids"),
-            kwargs.get("attention_mask"),
+            self.host.padding(kwargs),
             self.position == "recompact",
             embeds.device,
         )
@@ -122,11 +134,11 @@ class Engine:
         for one in groups:
             self.steps.plan(one)
         self.groups, self.stages = groups, self.steps.stages(groups)
-        mask = kwargs.get("attention_mask")
+        mask = self.host.padding(kwargs)
         self.words = None
         if self.steps.wants_text:
             valid = mask[:, -embeds.shape[1] :].bool() if mask is not None and mask.ndim == 2 else None
-            self.words = question_tokens(valid, prompt.visual, prompt.ids, self.special)
+            self.words = outside(question_tokens(valid, prompt.visual, prompt.ids, self.special), places_)
 
         alive = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         reduced: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -172,18 +184,41 @@ class Engine:
         hidden: Tensor = args[0]
         stream = self.stream
         if stream is None:
-            self.log.enters(module, number, hidden, kwargs)
+            self._enters(number, module, hidden, kwargs)
             return None
         given = kwargs
         kwargs = stream.feed(number, hidden, given)
         if number in self.stages:
             with self.log.time("inside"):
+                wider = self._bring_back(number, stream, hidden)
+                if wider is not None:
+                    hidden = wider
+                    kwargs = stream.feed(number, hidden, given)
                 narrowed = self._reduce_at(number, module, stream, hidden, kwargs)
                 if narrowed is not None:
                     hidden = narrowed
                     kwargs = stream.feed(number, hidden, given)
-        self.log.enters(module, number, hidden, kwargs)
+        self._enters(number, module, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
+
+    def _enters(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        spent = None if self.spending is None else self.spending.enters(number, hidden, kwargs, self.stream)
+        self.log.enters(layer, number, hidden, kwargs, spent)
+
+    def _bring_back(self, number: int, stream: Stream, hidden: Tensor) -> Tensor | None:
+        """The hidden states that enter decoder layer ``number`` where tokens come back before it, None elsewhere."""
+        back = [one for one in self.groups if one.aside is not None and number in one.schedules[0].returns]
+        if not back:
+            return None
+        now_at = places(stream.index, stream.width)
+        alive, whole = now_at >= 0, take(hidden, now_at)
+        for one in back:
+            values = self.steps.bring_back(one, hidden, stream.index, stream.width)
+            alive[one.rows[:, None], one.columns] = True
+            whole[one.rows[:, None], one.columns] = values
+        index = pack(alive, stream.valid)
+        stream.widen(index, number)
+        return take(whole, index)
 
     def _reduce_at(
         self, number: int, layer: Any, stream: Stream, hidden: Tensor, kwargs: dict[str, Any]
@@ -194,7 +229,8 @@ class Engine:
         changed = False
         for turn, method in enumerate(self.methods):
             real = alive if stream.real is None else stream.real & alive
-            view = LayerView(layer, hidden, real, kwargs, stream.past_keys(number)) if method.layer_needs else None
+            past = stream.past_keys(number)
+            view = LayerView(layer, hidden, real, kwargs, past, self.host.own_masks) if method.layer_needs else None
             for one in self.groups:
                 if number not in one.schedules[turn].layers or not one.count:
                     continue
@@ -235,6 +271,11 @@ class Engine:
         """Let go of everything but the log."""
         self.forget()
         self.probe.run = self.prompt = self.words = None
+
+
+def _embeds(kwargs: dict[str, Any]) -> Tensor:
+    """What the language model was given, embeddings or ids."""
+    return kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
 
 
 def _uses_cache(kwargs: dict[str, Any], language_model: Any) -> bool:

@@ -12,7 +12,7 @@ class Hooks:
     """Hooks on modules and shadowed methods, all taken out by ``remove`` (in any state, any number of times)."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """``hook(module, args, kwargs)`` runs before ``module``; it may return new (args, kwargs)."""
@@ -37,11 +37,17 @@ class Hooks:
 
         # generate() reads the signature of get_image_features to know which inputs it takes.
         watched.__wrapped__ = call  # type: ignore[attr-defined]
-        shadowed = owner.__dict__.get(method)
-        owner.__dict__[method] = watched
-        self._undo.append(
-            lambda: owner.__dict__.pop(method, None) if shadowed is None else owner.__dict__.update({method: shadowed})
-        )
+        self.shadow(owner, method, watched)
+
+    def shadow(self, owner: Any, name: str, value: Any) -> None:
+        """Put ``value`` in place of ``owner.name``, on the instance."""
+        before = owner.__dict__.get(name)
+        owner.__dict__[name] = value
+        self.undo(lambda: owner.__dict__.pop(name, None) if before is None else owner.__dict__.update({name: before}))
+
+    def undo(self, step: Callable[[], Any]) -> None:
+        """Have ``step()`` called when all is taken out."""
+        self._undo.append(step)
 
     def remove(self) -> None:
         while self._undo:

@@ -62,6 +62,16 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
+def squares(height: int, width: int, side: int) -> Layout:
+    """One piece of height x width patches in raster order, of which side x side make a token; those that are too few
+    for one at the right and below are left out."""
+    h, w = height // side, width // side
+    index = torch.arange(height * width).view(height, width)[: h * side, : w * side]
+    patches = index.view(h, side, w, side).transpose(1, 2).reshape(h * w, side * side)
+    return Layout(h * w, torch.arange(h * w), patches, height * width, (Part((h, w), (0.0, 0.0, 1.0, 1.0)),))
+
+
+@lru_cache(maxsize=256)
 def plain(height: int, width: int, merge: int = 1) -> Layout:
     """One piece of height x width tokens, each of ``merge`` patches that follow one another."""
     n = height * width

@@ -39,10 +39,17 @@ class LayerView:
     """One decoder layer's queries and keys for the hidden states that are about to enter it."""
 
     def __init__(
-        self, layer: Any, hidden: Tensor, real: Tensor, given: Mapping[str, Any], past: tuple[Tensor, Tensor] | None
+        self,
+        layer: Any,
+        hidden: Tensor,
+        real: Tensor,
+        given: Mapping[str, Any],
+        past: tuple[Tensor, Tensor] | None,
+        own_mask: bool = False,
     ) -> None:
         """``hidden`` (B, T, D) and ``real`` (B, T) bool, False at padding; ``given``: the layer's keyword arguments;
-        ``past``: keys (B, Hk, P, d) of earlier turns and which of them are real (B, P)."""
+        ``past``: keys (B, Hk, P, d) of earlier turns and which of them are real (B, P); ``own_mask``: the layer sees
+        what its mask (B, 1, T, P + T) says, not what comes before."""
         self.attention = layer.self_attn
         self.rotary: Rotary = given["position_embeddings"]
         self.normed = layer.input_layernorm(hidden)
@@ -52,6 +59,10 @@ class LayerView:
         self.past = 0 if past is None else past[0].shape[2]
         self.keys = self.new_keys if past is None else torch.cat([past[0], self.new_keys], 2)
         self.real = real if past is None else torch.cat([past[1], real], 1)
+        self.allowed: Tensor | None = None
+        if own_mask:
+            mask: Tensor = given["attention_mask"][:, 0]
+            self.allowed = (mask if mask.dtype == torch.bool else mask == 0) & self.real[:, None]
         self._importance: dict[tuple[float, int], Tensor] = {}
 
     def _queries(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -62,13 +73,10 @@ class LayerView:
         return _rotary(self.attention)(q, q, cos, sin)[0]
 
     def _inputs(self, rows: Tensor, columns: Tensor) -> dict[str, Any]:
-        return {
-            "q": self._queries(rows, columns),
-            "k": self.keys[rows],
-            "scale": self.attention.scaling,
-            "mask": self.real[rows][:, None, None],
-            "places": columns + self.past,
-        }
+        inputs = {"q": self._queries(rows, columns), "k": self.keys[rows], "scale": self.attention.scaling}
+        if self.allowed is not None:
+            return inputs | {"mask": self.allowed[rows[:, None], columns][:, None]}
+        return inputs | {"mask": self.real[rows][:, None, None], "places": columns + self.past}
 
     def importance(self, temperature: float, iterations: int) -> Tensor:
         """(B, H, T): PageRank of the sequence, padding 0. Earlier turns are left out: the cache holds no queries."""
@@ -82,6 +90,7 @@ class LayerView:
                 iterations,
                 self.attention.scaling,
                 mask=self.new_real,
+                allowed=None if self.allowed is None else self.allowed[:, :, self.past :],
             )
         return self._importance[how]
 

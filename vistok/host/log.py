@@ -97,8 +97,12 @@ class Log:
         """The language model is about to run its ``stage``, "prefill" or "decode"."""
         self._stage, self._start = stage, self._mark()
 
-    def enters(self, layer: Any, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Decoder layer ``number`` is about to run on ``hidden`` (B, T, D)."""
+    def enters(self, layer: Any, number: int, hidden: Tensor, kwargs: dict[str, Any], spent: int | None = None) -> None:
+        """Decoder layer ``number`` is about to run on ``hidden`` (B, T, D). ``spent``: its floating-point operations,
+        where they are not those of a dense layer."""
+        if spent is not None:
+            self.flops[self._stage] += spent
+            return
         cache = kwargs.get("past_key_values")
         past = held(cache, number)
         config = self.host.language_model.config

@@ -81,6 +81,21 @@ class Place:
 
 
 @dataclass
+class Aside:
+    """All N tokens of the pictures of a group, as they were when some of them were set aside."""
+
+    columns: Tensor
+    """(G, N)"""
+    positions: Tensor
+    """(G, N)"""
+    source: Tensor
+    """(G, N)"""
+    evidence_of: list[Evidence]
+    values: Tensor
+    """(G, N, D) the hidden state of each token when it last took part."""
+
+
+@dataclass
 class Group:
     """Pictures of one layout that are reduced as one batch."""
 
@@ -103,6 +118,8 @@ class Group:
     """One a method."""
     evidence_of: list[Evidence] = field(default_factory=list)
     """What each method knows of the tokens that are left."""
+    aside: Aside | None = None
+    """All of its tokens, where some wait for a layer that brings them back."""
 
     @property
     def count(self) -> int:

@@ -60,8 +60,8 @@ class Evidence:
     """(B, N, P) float32, grey values (mean of the channels) of each token's pixels, as the model was given them:
     normalised, so on an unknown linear scale."""
     project: Callable[[Tensor], Tensor] | None = None
-    """The host's projector: (B, n, Dv) rows of ``encoder_features`` to (B, n, D) rows of ``features``, token by token;
-    D as ``encoder_features`` (the patches of a merged token joined)."""
+    """The host's projector: (B, n, Dv) rows of ``encoder_features`` to (B, n, D) rows of ``features``, token by token,
+    in their precision; Dv as of ``encoder_features`` (the patches of a merged token joined)."""
     text: Any = None
     """(B, T, D) embeddings of the question's tokens at the language model's input; padded, see ``text_mask``."""
     text_mask: Tensor | None = None
@@ -181,10 +181,23 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many tokens stay where: ``input`` before the language model, then ``layers[r]`` from decoder layer r on."""
+    """How many tokens stay where: ``input`` before the language model, then ``layers[r]`` from decoder layer r on.
+
+    A count above the one before it brings all tokens back that were set aside inside the language model; it must be
+    ``input``, which must be all tokens (see ``Reducer.come_back``)."""
 
     input: int
     layers: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def returns(self) -> tuple[int, ...]:
+        """The layers before which tokens come back."""
+        now, found = self.input, []
+        for layer, count in sorted(self.layers.items()):
+            if count > now:
+                found.append(layer)
+            now = count
+        return tuple(found)
 
     def mean(self, num_layers: int) -> float:
         """Tokens averaged over the decoder's layers: the count by which staged methods are compared."""
@@ -246,6 +259,14 @@ class Reducer:
         stage, for the tokens that are left.
         """
         raise TypeError(f"{type(self).__name__} has no stage inside the language model")
+
+    def come_back(self, aside: Tensor, keep: Tensor, states: Tensor) -> Tensor:
+        """(B, N, D) hidden states with which all tokens go on where ``schedule`` brings some back.
+
+        ``aside`` (B, N, D): those with which they were set aside; ``keep`` (B, K): the tokens that went on meanwhile,
+        which are now ``states`` (B, K, D). Unless overridden the others are as they were.
+        """
+        return aside.scatter(1, keep[..., None].expand_as(states), states)
 
     # What callers use ---------------------------------------------------------------------------------------------
 

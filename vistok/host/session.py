@@ -152,7 +152,7 @@ def apply(
     if isinstance(method, str) and method.endswith(".json"):
         setting = read_setting(method)
         method, keep = setting.create(), setting.keep if keep is None else keep
-    methods = [method] if isinstance(method, (str, Reducer)) else list(method)
+    methods = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
     keep = DEFAULT_KEEP if keep is None else keep
     if not methods:
         raise ValueError("method: got an empty list, must be a name, a Reducer or a list of them")

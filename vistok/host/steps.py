@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.host.effort import Effort
 from vistok.host.hosts import Host
 from vistok.host.keep import Keep, counts
-from vistok.host.pictures import Group, Picture
+from vistok.host.pictures import Aside, Group, Picture
 from vistok.host.reducer import LayerSpec, Reducer, Reduction, Schedule
 from vistok.host.rows import places
 from vistok.host.text import question_fields
@@ -41,7 +41,7 @@ class Steps:
         depth, left = len(self.host.layers), group.count
         for method, keep in zip(self.methods, self._keeps(group.count), strict=True):
             schedule = method.schedule(left, min(keep, left), depth)
-            _check_schedule(method, schedule, left, depth)
+            _check_schedule(method, schedule, left, depth, len(self.methods))
             group.schedules.append(schedule)
             left = schedule.input
 
@@ -54,13 +54,13 @@ class Steps:
         return [next(left) if drop else num_tokens for drop in drops]
 
     def stages(self, groups: list[Group]) -> set[int]:
-        """The decoder layers before which something is dropped."""
+        """The decoder layers before which something is dropped or comes back."""
         return {
             layer
             for group in groups
             for schedule in group.schedules
             for layer, left in schedule.layers.items()
-            if left < schedule.input
+            if left < schedule.input or layer in schedule.returns
         }
 
     # Before the language model -------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class Steps:
         evidence = [
             replace(
                 group.evidence,
-                project=self.host.project if "project" in needs else None,
+                project=self.host.project_exactly if "project" in needs else None,
                 **text,
                 **self.probe.evidence(needs, group.layout, group.first_patch),
             )
@@ -136,11 +136,30 @@ class Steps:
         _check_reduction(method, reduction, group.count, len(group.rows))
         if reduction.keep.shape[1] == group.count:
             return None
+        if any(later > layer for later in schedule.returns):
+            if group.aside is None:
+                group.aside = Aside(
+                    group.columns, group.positions, group.source, group.evidence_of, evidence.features.clone()
+                )
+            else:
+                group.aside.values[torch.arange(len(now))[:, None], group.positions] = evidence.features
         group.evidence_of = [e.take(reduction.keep) for e in group.evidence_of]
         if reduction.carry is not None:
             group.evidence_of[number] = replace(group.evidence_of[number], carry=reduction.carry)
         _follow(group, reduction)
         return now, now.gather(1, reduction.keep), reduction.tokens.to(hidden.dtype)
+
+    def bring_back(self, group: Group, hidden: Tensor, index: Tensor, width: int) -> Tensor:
+        """All tokens of ``group`` take part again: their hidden states (G, N, D). Arguments as in ``at_layer``."""
+        aside = group.aside
+        if aside is None:
+            raise RuntimeError("vistok: no token of the group was set aside")
+        now = places(index, width)[group.rows].gather(1, group.columns)
+        states = hidden[group.rows[:, None], now]
+        values = self.methods[0].come_back(aside.values, group.positions, states).to(hidden.dtype)
+        group.columns, group.positions, group.source = aside.columns, aside.positions, aside.source
+        group.evidence_of, group.aside = aside.evidence_of, None
+        return values
 
 
 def needs_of(method: Reducer) -> dict[str, LayerSpec]:
@@ -160,7 +179,7 @@ def _follow(group: Group, reduction: Reduction) -> None:
         group.source = torch.full_like(group.source, -1)
 
 
-def _check_schedule(method: Reducer, schedule: Schedule, given: int, depth: int) -> None:
+def _check_schedule(method: Reducer, schedule: Schedule, given: int, depth: int, methods: int) -> None:
     name = type(method).__name__
     if not 1 <= schedule.input <= given:
         raise ValueError(f"{name}.schedule: input is {schedule.input}, must be between 1 and the {given} tokens given")
@@ -169,6 +188,14 @@ def _check_schedule(method: Reducer, schedule: Schedule, given: int, depth: int)
             raise ValueError(f"{name}.schedule: has a stage before layer {layer}, the model has layers 0..{depth - 1}")
         if not 0 <= left <= schedule.input:
             raise ValueError(f"{name}.schedule: {left} tokens from layer {layer} on, must be 0..{schedule.input}")
+    for layer in schedule.returns:
+        if not schedule.layers[layer] == schedule.input == given:
+            raise ValueError(
+                f"{name}.schedule: {schedule.layers[layer]} tokens from layer {layer} on, more than before it; where "
+                f"tokens come back, all {given} must, and none may be dropped before the language model"
+            )
+        if methods > 1:
+            raise ValueError(f"method: {name} brings tokens back inside the language model; it must be the only method")
 
 
 def _check_reduction(method: Reducer, reduction: Reduction, given: int, batch: int) -> None:

@@ -17,8 +17,8 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Stream:
-    """The sequence on its way through the decoder. ``narrow`` drops columns from a layer on; ``feed`` gives a layer the
-    tensors of its length where they are not the ones that the language model prepared."""
+    """The sequence on its way through the decoder. ``narrow`` drops columns from a layer on, ``widen`` brings some
+    back; ``feed`` gives a layer the tensors of its length where they are not those that the language model prepared."""
 
     def __init__(
         self,
@@ -83,8 +83,18 @@ class Stream:
         """From decoder layer ``layer`` on, only the columns ``index`` (B, T') of the sequence as it is now go on (-1 is
         padding)."""
         gone = index < 0
-        self.index = take(self.index, index).masked_fill(gone, -1)
         self._local = take(self._local, index).masked_fill(gone, -1)
+        self._go_on(take(self.index, index).masked_fill(gone, -1), layer)
+
+    def widen(self, index: Tensor, layer: int) -> None:
+        """From decoder layer ``layer`` on, the columns ``index`` (B, T') of the prompt go on (-1 is padding), some of
+        which had not before. Only where the language model was given the whole prompt."""
+        self._local = index
+        self._go_on(index, layer)
+
+    def _go_on(self, index: Tensor, layer: int) -> None:
+        """From decoder layer ``layer`` on, the sequence is the columns ``index`` (B, T') of the prompt."""
+        self.index = index
         self.narrowings += 1
         real = self.real
         new_padding = real is not None and not bool(real.all())

@@ -94,16 +94,21 @@ class PackedTap:
             q, k, _ = held["qkv"].detach().unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
             held.clear()
             q, k = self.rotate(q, k, *angles)
-            places = torch.arange(len(q), device=q.device)
-            order = self.order()
-            flat = places if order is None else order.to(q.device)
-            by_length: dict[int, list[int]] = {}
-            for start, end in pairwise(cuts):
-                by_length.setdefault(end - start, []).append(start)
-            parts = []
-            for length, starts in by_length.items():
-                index = torch.tensor(starts, device=q.device)[:, None] + places[:length]
-                parts.append(Queries(q[index].transpose(1, 2), k[index].transpose(1, 2), module.scaling, flat[index]))
-            use(parts)
+            use(cut(q, k, module.scaling, cuts, self.order()))
 
         hooks.after(self.attention, attended)
+
+
+def cut(q: Tensor, k: Tensor, scale: float, cuts: list[int], order: Tensor | None = None) -> list[Queries]:
+    """The sequences between the ``cuts`` (0, ..., S) of packed ``q`` and ``k`` (S, H, d), those of one length together.
+    ``order`` (S,): the flat patch index of each place, or None where they are the same."""
+    places = torch.arange(len(q), device=q.device)
+    flat = places if order is None else order.to(q.device)
+    by_length: dict[int, list[int]] = {}
+    for start, end in pairwise(cuts):
+        by_length.setdefault(end - start, []).append(start)
+    parts = []
+    for length, starts in by_length.items():
+        index = torch.tensor(starts, device=q.device)[:, None] + places[:length]
+        parts.append(Queries(q[index].transpose(1, 2), k[index].transpose(1, 2), scale, flat[index]))
+    return parts

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vistok.host.pictures import Group
+from vistok.host.pictures import Group, Place
 
 
 def special_ids(model: Any) -> frozenset[int]:
@@ -27,6 +28,14 @@ def question_tokens(valid: Tensor | None, visual: Tensor, ids: Tensor | None, sp
         words &= valid
     if ids is not None and special:
         words &= ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
+    return words
+
+
+def outside(words: Tensor, pictures: Iterable[Place]) -> Tensor:
+    """``words`` (B, T) less what stands between the tokens of a picture: names of its tiles, ends of its rows."""
+    words = words.clone()
+    for picture in pictures:
+        words[picture.row, int(picture.columns[0]) : int(picture.columns[-1])] = False
     return words
 
 

@@ -20,19 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import count
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vistok import catalogue
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import received
 from vistok.core.tensors import upcast
 from vistok.host import apply
-from vistok.host.reducer import Evidence, LayerNeed, LayerSpec, Reducer, Reduction, Schedule
+from vistok.host.reducer import Evidence, Reducer
+from vistok.host.wrapper import Wrapper
 
 CARD = Card(
     title="Attention Debiasing for Token Pruning in Vision Language Models",
@@ -125,62 +124,10 @@ def debias(scores: Tensor, mu: float, sigma: float, pad: Tensor | None = None, i
 
 
 @dataclass(frozen=True)
-class _Wrapper(Reducer):
-    """Asks and acts as the method that it wraps, on evidence that it has seen first."""
-
-    method: str | Reducer = "fastv"
-    """The pruner: the name of a system that scores by attention, or a Reducer."""
-
-    @cached_property
-    def base(self) -> Reducer:
-        if isinstance(self.method, Reducer):
-            return self.method
-        if catalogue.module_of(self.method) == __name__ or catalogue.card(self.method).family != "reduce":
-            raise ValueError(f"method: got {self.method!r}, must be another reducer")
-        base: Reducer = catalogue.create(self.method)
-        return base
-
-    @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return self.base.needs
-
-    @property
-    def layer_needs(self) -> Mapping[str, LayerNeed]:
-        return self.base.layer_needs
-
-    @property
-    def space(self) -> Literal["projected", "encoder"]:  # type: ignore[override]
-        return self.base.space
-
-    @property
-    def whole_picture(self) -> bool:  # type: ignore[override]
-        return self.base.whole_picture
-
-    @property
-    def one_at_a_time(self) -> bool:  # type: ignore[override]
-        return self.base.one_at_a_time
-
-    @property
-    def position(self) -> Literal["keep", "recompact"]:  # type: ignore[override]
-        return self.base.position
-
-    def see(self, evidence: Evidence) -> Evidence:
-        return evidence
-
-    def schedule(self, num_tokens: int, keep: int, num_layers: int) -> Schedule:
-        return self.base.schedule(num_tokens, keep, num_layers)
-
-    def compress(self, evidence: Evidence, keep: int) -> Reduction:
-        return self.base.compress(self.see(evidence), keep)
-
-    def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
-        return self.base.at_layer(self.see(evidence), keep, layer)
-
-
-@dataclass(frozen=True)
-class _Recorder(_Wrapper):
+class _Recorder(Wrapper):
     """Leaves the method as it is and notes its scores of whole pictures."""
 
+    method: str | Reducer = "fastv"
     scores: list[Tensor] = field(default_factory=list, compare=False, repr=False)
     """(B, N) of each call."""
     number: int = field(default_factory=count().__next__)
@@ -193,9 +140,11 @@ class _Recorder(_Wrapper):
 
 
 @dataclass(frozen=True)
-class AttentionDebias(_Wrapper):
+class AttentionDebias(Wrapper):
     """Divides the attention that a pruner sees by the trend of the position, and takes padding out of it."""
 
+    method: str | Reducer = "fastv"
+    """The pruner: the name of a system that scores by attention, or a Reducer."""
     mu: float = 1.0
     """Scale of the trend; decides nothing."""
     sigma: float = 0.91

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.ragged import absorb, positions, top_mask
+from vistok.core.ragged import absorb, fold, positions, top_mask
 from vistok.core.tensors import take, unit, upcast
 from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction
 
@@ -105,19 +105,11 @@ class PruMerge(Reducer):
         affinity = torch.bmm(take(keys, positions(kept)[0]), keys.transpose(1, 2))
         values, owner = absorb(x, kept, torch.ones_like(kept), affinity, attention, self.neighbours)
 
-        rest = ~kept
-        extra = top_mask(attention, torch.full_like(rest[:, 0], self.counts == "data" or keep > 1).long(), rest)
-        folded = torch.bmm((attention * rest).unsqueeze(1).to(values.dtype), upcast(x).to(values.dtype))
-        values = torch.where(extra.unsqueeze(2), folded, values)
-
-        stays = kept | extra
-        places, real = positions(stays)
+        folds = ~kept if self.counts == "data" or keep > 1 else torch.zeros_like(kept)
+        places, real, tokens, source = fold(x, values, kept, owner, folds, attention)
         if not bool(real.all()):
-            raise ValueError(f"counts: 'data' finds {stays.sum(1).tolist()} tokens; give one picture at a time")
-        slot = stays.cumsum(1) - 1
-        source = torch.where(extra.any(1, keepdim=True), (slot * extra).sum(1, keepdim=True), -1)
-        source = torch.where(owner >= 0, slot.gather(1, owner.clamp_min(0)), source)
-        return Reduction(places, take(values, places).to(x.dtype), torch.where(stays, slot, source))
+            raise ValueError(f"counts: 'data' finds {real.sum(1).tolist()} tokens; give one picture at a time")
+        return Reduction(places, tokens.to(x.dtype), source)
 
 
 def outliers(values: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from torch import Tensor
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.allocate import split_budget
 from vistok.core.outlier import outlier_ratio
-from vistok.core.ragged import absorb, positions, top_mask
+from vistok.core.ragged import absorb, fold, positions, top_mask
 from vistok.core.score import text_similarity
 from vistok.core.tensors import take, unit
 from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction
@@ -149,18 +149,10 @@ class RecoverableCompression(Reducer):
         values, owner = absorb(x, centre, rest, affinity, attention, self.merged_neighbours)
 
         folds = rest & ~centre & centre.any(1, keepdim=True)
-        extra = top_mask(attention, torch.ones_like(folds[:, 0], dtype=torch.int64), folds)
-        folded = torch.bmm((attention * folds).unsqueeze(1).to(values.dtype), x.to(values.dtype))
-        values = torch.where(extra.unsqueeze(2), folded, values)
-
-        stays = seen | recovered | centre | extra
-        places, real = positions(stays)
+        places, real, tokens, source = fold(x, values, ~rest | centre, owner, folds, attention)
         if not bool(real.all()):
-            raise ValueError(f"counts: 'data' finds {stays.sum(1).tolist()} tokens; give one picture at a time")
-        slot = stays.cumsum(1) - 1
-        source = torch.where(folds, (slot * extra).sum(1, keepdim=True), -1)
-        source = torch.where(owner >= 0, slot.gather(1, owner.clamp_min(0)), source)
-        return Reduction(places, take(values, places).to(x.dtype), torch.where(stays, slot, source))
+            raise ValueError(f"counts: 'data' finds {real.sum(1).tolist()} tokens; give one picture at a time")
+        return Reduction(places, tokens.to(x.dtype), source)
 
     def _keys(self, keys: Tensor, rest: Tensor) -> Tensor:
         """Keys (B, N, Dk) as the merge looks them up: its own for each token, or the released mix-up."""

@@ -6,30 +6,46 @@ from typing import Any
 
 from vistok.host.hosts.anyres import AnyresHost
 from vistok.host.hosts.base import Host, UnsupportedModel
+from vistok.host.hosts.gemma import Gemma3Host, PaliGemmaHost
+from vistok.host.hosts.glm import GlmHost
+from vistok.host.hosts.idefics import IdeficsHost
 from vistok.host.hosts.internvl import InternVLHost
 from vistok.host.hosts.llava import LlavaHost
+from vistok.host.hosts.mistral3 import Mistral3Host
 from vistok.host.hosts.qwen import QwenHost
 
 FAMILIES: dict[str, type[Host]] = {
     "LlavaForConditionalGeneration": LlavaHost,
     "LlavaNextForConditionalGeneration": AnyresHost,
+    "LlavaNextVideoForConditionalGeneration": AnyresHost,
     "LlavaOnevisionForConditionalGeneration": AnyresHost,
     "Qwen2VLForConditionalGeneration": QwenHost,
     "Qwen2_5_VLForConditionalGeneration": QwenHost,
     "Qwen3VLForConditionalGeneration": QwenHost,
     "InternVLForConditionalGeneration": InternVLHost,
+    "Idefics3ForConditionalGeneration": IdeficsHost,
+    "SmolVLMForConditionalGeneration": IdeficsHost,
+    "Mistral3ForConditionalGeneration": Mistral3Host,
+    "Glm4vForConditionalGeneration": GlmHost,
+    "Glm46VForConditionalGeneration": GlmHost,
+    "Gemma3ForConditionalGeneration": Gemma3Host,
+    "PaliGemmaForConditionalGeneration": PaliGemmaHost,
 }
 
 _WHY_NOT = {
-    "Gemma3ForConditionalGeneration": "its decoder looks both ways within a picture and through sliding windows, by "
-    "masks made of token types that the host does not translate",
-    "PaliGemmaForConditionalGeneration": "its decoder looks both ways over picture and prompt, by masks made of token "
-    "types that the host does not translate",
     "MllamaForConditionalGeneration": "its pictures enter by cross-attention: there are no visual tokens to drop",
-    "Mistral3ForConditionalGeneration": "its Pixtral encoder packs pictures of all sizes in one sequence, for which "
-    "there is no adapter",
     "Qwen3VLMoeForConditionalGeneration": "its mixture-of-experts decoder is neither tested nor counted",
-    "LlavaNextVideoForConditionalGeneration": "video is not supported",
+    "Qwen3_5ForConditionalGeneration": "its decoder has linear-attention layers, whose recurrent state the cache of a "
+    "reduced prompt does not hold",
+    "Glm4vMoeForConditionalGeneration": "its mixture-of-experts decoder is neither tested nor counted",
+    "Gemma3nForConditionalGeneration": "its decoder gets an input of its own for each token in every layer, which the "
+    "host does not shorten",
+    "Gemma4ForConditionalGeneration": "its decoder gets an input of its own for each token in every layer and shares "
+    "keys and values between layers, which the host does not shorten",
+    "Idefics2ForConditionalGeneration": "its resampler mixes all patches in each token, so none has a place on the "
+    "picture",
+    "VideoLlavaForConditionalGeneration": "it has one encoder for pictures and one for videos, for which there is no "
+    "adapter",
 }
 """Well-known families that are left out on purpose."""
 

@@ -24,7 +24,8 @@ NEVER = "anyres_max_1000000"
 
 
 class AnyresHost(LlavaHost):
-    """LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration."""
+    """LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration (pictures only) and
+    LlavaOnevisionForConditionalGeneration."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

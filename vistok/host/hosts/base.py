@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vistok.host.hooks import Hooks
 from vistok.host.layout import Layout
 from vistok.host.reducer import Reducer
+from vistok.host.stream import Stream
 from vistok.host.taps import Tap
 from vistok.host.vision import Probe, VisionRun
 
@@ -26,20 +28,27 @@ class Host(ABC):
     """Encoder patches that one token of the language model is made of."""
     class_token = False
     """Whether the encoder's sequences begin with a class token."""
+    windowed = False
+    """Whether the adapter can serve a decoder with sliding windows."""
+    own_masks = False
+    """Whether the decoder's masks are more than causal; ``stream`` then makes them."""
     pixels_argument = "pixel_values"
     """The name of the encoder's first argument."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.base: Any = model.model
-        self.language_model: Any = self.base.language_model
         self.layers: nn.ModuleList = self.language_model.layers
         self.head: Any = model.get_output_embeddings()
         if len(devices := {str(p.device) for p in model.parameters()}) > 1:
             raise UnsupportedModel(
                 f"{type(model).__name__} spread over {', '.join(sorted(devices))}: not supported yet; put it on one"
             )
-        if "sliding_attention" in (getattr(self.language_model.config, "layer_types", None) or ()):
+        config = self.language_model.config
+        kinds = getattr(config, "layer_types", None)
+        # A configuration that does not name its layers' kinds (Mistral) has windows in all of them or in none.
+        windows = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+        if windows and not self.windowed:
             raise UnsupportedModel(
                 f"{type(model).__name__} with sliding-window layers in its language model: not supported yet: a window "
                 "counts tokens that may have been dropped"
@@ -50,8 +59,21 @@ class Host(ABC):
         return type(self.model).__name__
 
     @property
+    def language_model(self) -> Any:
+        """The decoder, without its head."""
+        return self.base.language_model
+
+    @property
     def image_token(self) -> int:
         return self.model.config.image_token_id
+
+    def padding(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The padding mask (B, tokens seen and new) of a forward, or None; ``kwargs``: the decoder's arguments."""
+        return kwargs.get("attention_mask")
+
+    def stream(self, *args: Any) -> Stream:
+        """What carries a sequence through the decoder; arguments as for ``Stream``."""
+        return Stream(*args)
 
     # The vision encoder -------------------------------------------------------------------------------------------
 
@@ -132,6 +154,18 @@ class Host(ABC):
         """(B, K, g * Dv) encoder-space tokens through the model's own projector: (B, K, D)."""
         return self.projector(tokens)
 
+    @property
+    def projecting(self) -> tuple[nn.Module, ...]:
+        """The modules that ``project`` runs."""
+        return (self.projector,)
+
+    def project_exactly(self, tokens: Tensor) -> Tensor:
+        """``project`` in the precision of ``tokens``, whatever the weights are kept in: what a method makes of small
+        differences would be lost in the rounding of a model in half precision."""
+        call = _Projection(self)
+        exact = {name: p.to(tokens.dtype) for name, p in call.named_parameters() if p.dtype != tokens.dtype}
+        return torch.func.functional_call(call, exact, (tokens,)) if exact else self.project(tokens)
+
     @abstractmethod
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         """The layout of each picture of the run, in the order of the prompt, whose image placeholders are ``visual``
@@ -150,3 +184,15 @@ def square(tokens: int, what: str) -> tuple[int, int]:
             f"{what}: {tokens} patches make no square grid; pictures of other shapes are not supported"
         )
     return side, side
+
+
+class _Projection(nn.Module):
+    """``Host.project`` as a module, so that ``functional_call`` can lend it other weights."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(host.projecting)
+        self.project = host.project
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.project(tokens)

@@ -96,11 +96,12 @@ class QwenHost(Host):
             lengths = sizes if whole else run.call["windows"]
             total += flops.linear(patches, width, 4 * width)
             total += sum(flops.attention(n, n, heads, width // heads) for n in lengths)
-            total += sum(flops.linear(patches, *reversed(m.weight.shape)) for m in _linears(block.mlp))
+            total += sum(flops.linear(patches, *reversed(m.weight.shape)) for m in linears(block.mlp))
         mergers = [self.projector, *getattr(self.tower, "deepstack_merger_list", [])]
         tokens = patches // self.merge
-        return total + sum(flops.linear(tokens, *reversed(m.weight.shape)) for part in mergers for m in _linears(part))
+        return total + sum(flops.linear(tokens, *reversed(m.weight.shape)) for part in mergers for m in linears(part))
 
 
-def _linears(module: Any) -> list[nn.Linear]:
+def linears(module: Any) -> list[nn.Linear]:
+    """The linear layers of a module and of all in it."""
     return [m for m in module.modules() if isinstance(m, nn.Linear)]

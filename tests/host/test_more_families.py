@@ -1,0 +1,270 @@
+"""What is particular to Idefics3, Mistral 3, GLM-4.6V, Gemma 3 and PaliGemma; the rest is in the other files."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+
+from tests.host.families import (
+    FAKE,
+    FAMILIES,
+    GLOBAL,
+    IMAGE,
+    TEXT,
+    VISION,
+    Family,
+    _glm,
+    _llava_next,
+    _qwen_pictures,
+    language_model,
+    prompt,
+    tiles,
+)
+from tests.host.reducers import Asks, Spread, Staged, spread
+from tests.host.reference import generation_inputs, greedy, one_row
+from tests.host.test_effort import Works
+from tests.host.test_families import same_rows
+from vistok.host import UnsupportedModel, apply
+from vistok.host.hosts import host_of
+
+IDEFICS, MISTRAL = FAMILIES["idefics3"], FAMILIES["mistral3"]
+GEMMA, PALI = FAMILIES["gemma3"], FAMILIES["paligemma"]
+
+
+# Tiles with text between them ---------------------------------------------------------------------------------------
+
+
+def tiled(*pictures):
+    """A row of ``pictures``, each (rows, columns) of tiles, with pixels and the places of the tokens."""
+    line, places, count = [1, 10], [], 0
+    for rows, columns in pictures:
+        ids, tokens = tiles(rows, columns)
+        places.append([len(line) + t for t in tokens])
+        line += ids
+        count += rows * columns + 1
+    pixels = torch.randn(1, count, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": torch.tensor([[*line, 5, 6]]), "pixel_values": pixels}, places
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (2, 2), (2, 3)])
+@torch.no_grad()
+def test_tiles_show_their_part_of_the_picture(shape):
+    rows, columns = shape
+    inputs, _ = tiled((0, 0), shape, (0, 0))
+    with apply(IDEFICS.model, Spread(), keep=0.5) as session:
+        IDEFICS.model(**inputs)
+    first, picture, last = session.pictures
+    assert first.grid == last.grid == (4, 4)
+    assert picture.tokens_in == 16 * (rows * columns + 1) and picture.crops == ((4, 4),) * (rows * columns + 1)
+    boxes = [(x / columns, y / rows, (x + 1) / columns, (y + 1) / rows) for y in range(rows) for x in range(columns)]
+    assert [part.box for part in picture.layout.parts] == [(0, 0, 1, 1), *boxes]
+
+
+@torch.no_grad()
+def test_the_thumbnail_comes_first_and_the_text_between_tiles_stays():
+    inputs, (places,) = tiled((2, 2))
+    method = Asks()
+    with apply(IDEFICS.model, method, keep=0.25) as session:
+        got = IDEFICS.model(**inputs).logits
+    (evidence,), (picture,) = method.seen, session.pictures
+    features = IDEFICS.model.get_image_features(inputs["pixel_values"]).pooler_output[0].view(5, 16, -1)
+    torch.testing.assert_close(evidence.features[0], features[[4, 0, 1, 2, 3]].flatten(0, 1))
+    assert picture.keep.tolist() == spread(80, 20)
+    ids = inputs["input_ids"][0]
+    assert got.shape[1] == int((ids != IMAGE).sum()) + 20
+    assert [ids[places[i] - 1] for i in (0, 16)] == [GLOBAL, 70] and ids[places[0] - 2] == FAKE
+
+
+@torch.no_grad()
+def test_names_of_tiles_and_ends_of_rows_are_no_part_of_the_question():
+    inputs, _ = tiled((0, 0), (1, 2))
+    method = Asks({"text_ids": None})
+    with apply(IDEFICS.model, method, keep=0.5):
+        IDEFICS.model(**inputs)
+    asked = [ids[mask].tolist() for e in method.seen for ids, mask in zip(e.text_ids, e.text_mask, strict=True)]
+    assert asked == [[FAKE, FAKE, 70, FAKE, 5, 6], [FAKE, 5, 6]]
+    method = Asks({"text_ids": None})
+    with apply(MISTRAL.model, method, keep=0.5):
+        MISTRAL.model(**prompt(MISTRAL, [[0, 0]]).inputs)
+    (evidence,) = method.seen
+    asked = [ids[mask].tolist() for ids, mask in zip(evidence.text_ids, evidence.text_mask, strict=True)]
+    assert asked == [[94, 20, 94, 21, 5, 6, 7, 8], [94, 21, 5, 6, 7, 8]]
+
+
+@torch.no_grad()
+def test_in_a_prompt_of_embeddings_each_tile_is_a_picture():
+    inputs, _ = tiled((1, 2))
+    embeds = IDEFICS.model.get_input_embeddings()(inputs["input_ids"])
+    with apply(IDEFICS.model, Spread(), keep=4) as session:
+        IDEFICS.model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+    assert [picture.grid for picture in session.pictures] == [(4, 4)] * 3
+
+
+@torch.no_grad()
+def test_padding_and_other_sizes_of_tiles_are_refused():
+    inputs, _ = tiled((0, 0))
+    mask = torch.ones(1, 1, 56, 56, dtype=torch.long)
+    with apply(IDEFICS.model, Spread()):
+        IDEFICS.model(**inputs, pixel_attention_mask=mask)
+        mask[..., 28:] = 0
+        with pytest.raises(UnsupportedModel, match="pixel_attention_mask with padding"):
+            IDEFICS.model(**inputs, pixel_attention_mask=mask)
+        with pytest.raises(UnsupportedModel, match="28 x 28 pixels"):
+            IDEFICS.model(**inputs | {"pixel_values": inputs["pixel_values"][..., :28, :28]})
+
+
+# Other decoders and encoders of a family ----------------------------------------------------------------------------
+
+
+def test_what_a_family_does_not_support():
+    pixtral = tf.PixtralVisionConfig(**VISION, image_size=56, patch_size=7)
+    windows = tf.MistralConfig(**TEXT, sliding_window=8)
+    config = tf.Mistral3Config(vision_config=pixtral, text_config=windows, image_token_index=IMAGE)
+    with pytest.raises(UnsupportedModel, match="sliding-window layers"):
+        apply(tf.Mistral3ForConditionalGeneration(config), Spread())
+    vision = tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=7, vision_use_head=False)
+    config = tf.PaliGemmaConfig(
+        vision_config=vision, text_config=tf.Gemma2Config(**TEXT, head_dim=12), projection_dim=48, hidden_size=48
+    )
+    with pytest.raises(UnsupportedModel, match="a gemma2 decoder: not supported yet"):
+        apply(tf.PaliGemmaForConditionalGeneration(config), Spread())
+    flex = copy.deepcopy(GEMMA.model)
+    flex.model.language_model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModel, match=r"flex_attention.*need 'sdpa' or 'eager'"):
+        apply(flex, Spread())
+    both = copy.deepcopy(GEMMA.model)
+    both.model.language_model.config.use_bidirectional_attention = True
+    with pytest.raises(UnsupportedModel, match="with use_bidirectional_attention"):
+        apply(both, Spread())
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.effort])
+def test_methods_that_spend_less_are_refused_where_they_are_not_defined(name):
+    with pytest.raises(UnsupportedModel, match="Works"):
+        apply(FAMILIES[name].model, Works())
+
+
+@torch.no_grad()
+def test_glm_4_6v_is_glm_4_1v_to_the_host():
+    torch.manual_seed(0)
+    model = _glm("Glm46V").eval()
+    pictures, (count,), _ = _qwen_pictures([0])
+    ids = torch.tensor([[1, *[IMAGE] * count, 5, 6]])
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int(), **pictures}
+    assert type(host_of(model)) is type(host_of(FAMILIES["glm-4v"].model))
+    plain = model(**inputs).logits
+    with apply(model, Asks({"received_attention": -2}), keep=1.0):
+        assert torch.equal(model(**inputs).logits, plain)
+    with apply(model, Asks({"received_attention": -2}), keep=0.25) as session:
+        assert model(**inputs).logits.shape[1] == 3 + 4
+    assert session.tokens_kept == 4
+
+
+@torch.no_grad()
+def test_pictures_of_llava_next_video():
+    family = Family("llava-next-video", lambda: _llava_next("LlavaNextVideo"), FAMILIES["llava-next"].pictures, sizes=2)
+    batch = prompt(family, [[0], [1, 0]])
+    plain = family.model(**batch.inputs).logits
+    with apply(family.model, Spread(), keep=1.0):
+        assert torch.equal(family.model(**batch.inputs).logits, plain)
+    left = batch.left(lambda n: spread(n, n // 4))
+    with apply(family.model, Spread(), keep=0.25):
+        got = family.model(**batch.inputs).logits
+        with pytest.raises(ValueError, match="pixel_values_videos: video is not supported yet"):
+            family.model(input_ids=batch.inputs["input_ids"], pixel_values_videos=torch.randn(1, 2, 3, 28, 28))
+    same_rows(family.model, batch, got, left)
+
+
+# Masks that are more than causal ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_window_ends_where_it_did():
+    """Gemma 3: of a picture's 16 tokens one stays; the last token of the text sees 10 columns."""
+    model, layers = GEMMA.model, language_model(GEMMA.model).layers
+    ids = torch.tensor([[1, *[IMAGE] * 16, 5, 6, 7, 8, 9, 11, 12, 13]])
+    inputs = {"input_ids": ids, "token_type_ids": (ids == IMAGE).int(), "pixel_values": torch.randn(1, 3, 56, 56)}
+    seen = {}
+
+    class One(Spread):
+        def __init__(self, at):
+            object.__setattr__(self, "at", at)
+
+        def select(self, evidence, keep):
+            return torch.tensor([[self.at]])
+
+    hook = layers[0].register_forward_pre_hook(lambda m, a, k: seen.update(mask=k["attention_mask"]), with_kwargs=True)
+    for at, near in ((0, False), (13, False), (14, True), (15, True)):  # in column at + 1; the last sees 15 .. 24
+        with apply(model, One(at), keep=1):
+            model(**inputs)
+        assert seen["mask"].shape == (1, 1, 10, 10)
+        assert bool(seen["mask"][0, 0, -1, 1]) == near
+    hook.remove()
+
+
+@pytest.mark.parametrize("family", [GEMMA, PALI], ids=["gemma3", "paligemma"])
+def test_eager_attention_gives_the_same(family):
+    eager = copy.deepcopy(family.model)
+    eager.set_attn_implementation("eager")
+    batch = prompt(family, [[0, 0], [0]])
+    for method in (Spread(), Staged(0.5, {1: 0.25}, {"llm_attention": "last"})):
+        with torch.no_grad(), apply(family.model, method, keep=0.25):
+            want = family.model.generate(**batch.inputs, max_new_tokens=5, do_sample=False)
+        with torch.no_grad(), apply(eager, method, keep=0.25):
+            assert torch.equal(eager.generate(**batch.inputs, max_new_tokens=5, do_sample=False), want)
+
+
+@pytest.mark.parametrize("family", [GEMMA, PALI], ids=["gemma3", "paligemma"])
+@torch.no_grad()
+def test_beams_and_samples(family):
+    batch = prompt(family, [[0], [0, 0]])
+    with apply(family.model, Spread(), keep=0.25) as session:
+        beams = family.model.generate(**batch.inputs, max_new_tokens=4, num_beams=2, do_sample=False)
+    assert len(beams) == 2 and [picture.tokens_kept for picture in session.pictures] == [4, 4, 4]
+
+
+@torch.no_grad()
+def test_recompacted_positions_of_two_rotary_embeddings():
+    batch = prompt(GEMMA, [[0, 0], [0]])
+    left = batch.left(lambda n: spread(n, 4))
+    given = generation_inputs(GEMMA.model, **batch.inputs)
+    with apply(GEMMA.model, Spread(), keep=0.25, position="recompact"):
+        got = GEMMA.model.generate(**batch.inputs, max_new_tokens=1, do_sample=False)
+    for row in range(2):
+        by_hand = one_row(given, row, batch.inputs["attention_mask"])
+        place = {c: i for i, c in enumerate(by_hand["real"].tolist())}
+        kept = torch.tensor([place[c] for c in left[row].tolist()])
+        assert got[row, -1:].tolist() == greedy(GEMMA.model, by_hand, kept, 1, recompact=True)
+
+
+@torch.no_grad()
+def test_a_cache_with_windows_goes_on_inside_only():
+    inputs = prompt(GEMMA, [[0]]).inputs
+    with apply(GEMMA.model, Spread(), keep=0.25):
+        cache = GEMMA.model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="past_key_values: this cache was reduced"):
+        GEMMA.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    plain = GEMMA.model(**inputs, use_cache=True).past_key_values
+    with apply(GEMMA.model, Spread(), keep=0.25), pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+        mask = torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)
+        GEMMA.model(**inputs | {"attention_mask": mask}, past_key_values=plain)
+
+
+@torch.no_grad()
+def test_paligemma_needs_its_token_types():
+    inputs = dict(prompt(PALI, [[0]]).inputs)
+    del inputs["token_type_ids"]
+    with apply(PALI.model, Spread(), keep=0.25), pytest.raises(ValueError, match="token_type_ids: missing"):
+        PALI.model(**inputs)
+
+
+@torch.no_grad()
+def test_masks_of_the_layers_are_refused():
+    inputs = prompt(PALI, [[0]]).inputs
+    length = inputs["input_ids"].shape[1]
+    full = torch.ones(1, 1, length, length, dtype=torch.bool)
+    with apply(PALI.model, Spread(), keep=0.25), pytest.raises(ValueError, match="attention_mask: got masks of the la"):
+        PALI.model(**inputs | {"attention_mask": full})
