@@ -139,7 +139,8 @@ def apply(
     the mean over the decoder's layers. With several methods it is what the last one leaves, and those before it keep
     equal shares of what they are given; or a list with one ``keep`` for each method. ``position``: "keep" leaves the
     tokens that stay at their original positions, "recompact" closes the gaps; None: as the method says, which is "keep"
-    unless its paper closes them. ``hyper``: hyper-parameters of a method given by name.
+    unless its paper closes them. A method that keeps the tokens and spends less on each (yopo) has no use for either.
+    ``hyper``: hyper-parameters of a method given by name.
 
     Logits and hidden states of a prompt are those of the tokens that are left. ``labels``, videos and models spread
     over several devices are not supported. A cache that was filled inside goes on working outside where no row is
