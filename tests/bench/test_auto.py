@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedConfig
 
 from vistok.bench import auto
 from vistok.bench.auto import Bound, choose, measure_settings, setting_of
@@ -77,8 +79,17 @@ def answers(monkeypatch):
     return given
 
 
-def measured(settings, known, **how):
-    return measure_settings(None, None, settings, CASES, known, **how)
+class Model(torch.nn.Linear):
+    """What a journal looks at."""
+
+    def __init__(self, name="a"):
+        super().__init__(2, 2)
+        torch.nn.init.ones_(self.weight)
+        self.config = PreTrainedConfig(name_or_path=name)
+
+
+def measured(settings, known, model=None, cases=CASES, **how):
+    return measure_settings(model or Model(), None, settings, cases, known, **how)
 
 
 def test_drop_against_known_answers_and_against_dense(answers):
@@ -114,8 +125,12 @@ def test_goes_on_where_it_was_stopped(answers, tmp_path):
     assert first == again and answers["calls"] == [("dense", 1.0), ("one", 0.5)]
     assert sum(counted) == 2 * 2 * len(CASES)
     other = cases_of(list(sample("words", 1, split="test", questions=4)))
-    measure_settings(None, None, settings, other, [None] * 4, journal=journal)
+    measured(settings, [None] * 4, cases=other, journal=journal)
     assert len(answers["calls"]) == 4, "the answers to other questions must not be taken"
+    trained = Model()
+    torch.nn.init.zeros_(trained.weight)
+    measured(settings, [None] * 4, trained, journal=journal)
+    assert len(answers["calls"]) == 6, "nor those of another model"
 
 
 def test_setting_of_a_row():

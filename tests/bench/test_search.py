@@ -163,7 +163,7 @@ def test_a_search_that_was_interrupted_goes_on(model, processor, cases, tmp_path
     asked.clear()
     assert run(5, journal) == whole and not asked
     lines = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
-    assert [line["call"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["key"] for line in lines] == ["0", "1", "2", "3", "4"]
     # Another search in the same file is another search.
     search(model, processor, "vflowopt", cases[:1], space=SPACE, calls=2, starts=3, journal=journal)
     assert len(asked) == 2

@@ -6,7 +6,6 @@ agreement with dense) is held against dense question by question, its cost is me
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from vistok.host.setting import Setting
 from vistok.zoo.asking import same_answer
 
 from .compare import Setting as Cell
+from .journal import Journal, print_of
 from .measure import Case, answer_all, cost_all, is_dense, method_name
 from .statistics import paired_bootstrap
 
@@ -79,11 +79,12 @@ def measure_settings(
     work, instead of raising its error. ``journal``: a file of what each setting answered, one JSON line a setting; a
     setting that stands there is not asked again. ``on_step`` is told how many questions were answered.
     """
-    said = _read_journal(journal, cases)
+    noted = Journal(journal, print_of(model, cases, {}) if journal else "")
+    said = noted.said
     skipped: dict[str, str] = {}
     measured: list[Cell] = []
     for method, keep in settings:
-        key = f"{method_name(method)} {keep!r}"
+        key = _key(method, keep)
         if key in said:
             on_step(len(cases))
         else:
@@ -95,19 +96,16 @@ def measure_settings(
                 skipped[method_name(method)] = str(error)
                 on_step(len(cases))
                 continue
-            said[key] = {
-                "answers": [a.answer for a in found],
-                "tokens_kept": sum(a.tokens_kept for a in found) / len(found),
-            }
-            _note(journal, key, cases, said[key])
+            kept = sum(a.tokens_kept for a in found) / len(found)
+            noted.add(key, {"answers": [a.answer for a in found], "tokens_kept": kept})
         measured.append((method, keep))
     costs = cost_all(model, processor, measured, cases[0], repeats=7)
-    dense = said[f"{method_name(None)} {measured[0][1]!r}"]["answers"]
+    dense = said[_key(*measured[0])]["answers"]
     truth = [known if known is not None else plain for known, plain in zip(answers, dense, strict=True)]
     right = [float(same_answer(t, plain)) for t, plain in zip(truth, dense, strict=True)]
     rows = []
     for (method, keep), cost in zip(measured, costs, strict=True):
-        found_here = said[f"{method_name(method)} {keep!r}"]
+        found_here = said[_key(method, keep)]
         hits = [float(same_answer(t, answer)) for t, answer in zip(truth, found_here["answers"], strict=True)]
         low, high = paired_bootstrap(right, hits, seed=seed)
         rows.append(
@@ -135,32 +133,6 @@ def setting_of(row: Mapping[str, Any], measured: Mapping[str, Any]) -> Setting:
     return Setting(tuple(row["method"].split("+")), row["keep"], (), {**row, **measured})
 
 
-def _print_of(cases: Sequence[Case]) -> str:
-    """What tells one list of questions from another."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for case in cases:
-        digest.update(case.picture.tobytes() + case.question.encode() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def _read_journal(journal: Path | None, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
-    if journal is None or not journal.exists():
-        return {}
-    print_ = _print_of(cases)
-    said = {}
-    for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was stopped
-            continue
-        if entry["cases"] == print_:
-            said[entry["setting"]] = entry
-    return said
-
-
-def _note(journal: Path | None, key: str, cases: Sequence[Case], entry: Mapping[str, Any]) -> None:
-    if journal is not None:
-        with journal.open("a", encoding="utf-8") as file:  # a line may have been cut off: this one begins anew
-            file.write("\n" + json.dumps({"setting": key, "cases": _print_of(cases), **entry}) + "\n")
+def _key(method: Any, keep: float | int) -> str:
+    """What a setting is called in the journal: its method with all hyper-parameters, and its keep."""
+    return f"{method_name(method)} {method!r} {keep!r}"

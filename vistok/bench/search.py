@@ -9,7 +9,6 @@ meet the constraint).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import warnings
@@ -28,6 +27,7 @@ from vistok.host.keep import Keep, check_keep, count
 from vistok.host.setting import Setting
 from vistok.zoo.asking import encode
 
+from .journal import Journal, print_of
 from .measure import Case
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def search(
     method, keep, fixed = catalogue.card(method).slug, check_keep(keep), dict(fixed or {})
     space = check_space(method, space, fixed)
     known = {"method": method, "keep": keep, "fixed": fixed, "space": space, "starts": starts, "seed": seed}
-    said = _Journal(journal, _print_of(model, known, cases), space)
+    said = Journal(journal, print_of(model, cases, known) if journal else "")
 
     batches = [
         encode(processor, [case.picture for case in part], [case.question for case in part]).to(model.device)
@@ -137,7 +137,7 @@ def search(
     plain: list[Tensor] | None = None
     done: list[Evaluation] = []
     for number in range(calls):
-        evaluation = said.get(number)
+        evaluation = _noted(said.said.get(str(number)), space)
         if evaluation is None:
             hyper = propose(space, done, starts=starts, seed=seed, first=_defaults(method, space, keep))
             same = next((e for e in done if e.hyper == hyper), None)
@@ -146,7 +146,7 @@ def search(
                 evaluation = evaluate(model, method, batches, plain, keep, fixed, hyper)
             else:  # a small space is soon exhausted
                 evaluation = Evaluation(hyper, same.cosine, same.tokens, same.limit, 0.0)
-            said.add(number, evaluation)
+            said.add(str(number), vars(evaluation))
         done.append(evaluation)
         on_call(evaluation)
     return Found(method, keep, fixed, done)
@@ -328,39 +328,12 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-# What was tried before -----------------------------------------------------------------------------------------------
-
-
-class _Journal:
-    """Evaluations in a file, one JSON line each, with what tells this search from others."""
-
-    def __init__(self, path: Path | None, search: str, space: Mapping[str, Any]) -> None:
-        self.path, self.search = path, search
-        self.said: dict[int, Evaluation] = {}
-        self.cut = ""
-        if path is None or not path.exists():
-            return
-        text = path.read_text(encoding="utf-8")
-        self.cut = "" if text.endswith("\n") or not text else "\n"  # a line that was being written when the run ended
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if entry.pop("search", None) == search:
-                number, hyper = entry.pop("call"), entry.pop("hyper")
-                hyper = {name: _chosen(space[name], value) for name, value in hyper.items()}
-                self.said[number] = Evaluation(hyper, **entry)
-
-    def get(self, number: int) -> Evaluation | None:
-        return self.said.get(number)
-
-    def add(self, number: int, evaluation: Evaluation) -> None:
-        if self.path is not None:
-            entry = {"search": self.search, "call": number, **vars(evaluation)}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self.cut + json.dumps(entry) + "\n")
-            self.cut = ""
+def _noted(entry: Mapping[str, Any] | None, space: Mapping[str, Any]) -> Evaluation | None:
+    """An evaluation as the journal has it."""
+    if entry is None:
+        return None
+    hyper = {name: _chosen(space[name], value) for name, value in entry["hyper"].items()}
+    return Evaluation(**{**entry, "hyper": hyper})
 
 
 def _chosen(values: Any, value: Any) -> Any:
@@ -368,12 +341,3 @@ def _chosen(values: Any, value: Any) -> Any:
     if isinstance(values, tuple):
         return value
     return next(choice for choice in values if json.dumps(choice) == json.dumps(value))
-
-
-def _print_of(model: PreTrainedModel, known: Mapping[str, Any], cases: Sequence[Case]) -> str:
-    """What tells one search from another: model, method, space and questions; not how long it runs."""
-    digest = hashlib.sha256((model.config.to_json_string() + json.dumps(known, sort_keys=True)).encode())
-    digest.update(next(model.parameters()).detach().flatten()[:4096].float().cpu().numpy().tobytes())
-    for case in cases:
-        digest.update(case.picture.tobytes() + case.question.encode() + b"\0")
-    return digest.hexdigest()[:16]

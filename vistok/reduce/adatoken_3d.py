@@ -24,17 +24,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.score import last_query
-from vistok.core.select import topk
 from vistok.core.stages import stages_from_all
 from vistok.core.tensors import upcast
-from vistok.host.reducer import Evidence, LayerNeed, Reducer, Reduction, Schedule
+from vistok.host.reducer import Schedule
+from vistok.reduce._last_token import LastTokenRanking
 
 CARD = Card(
     title="AdaToken-3D: Dynamic Spatial Gating for Efficient 3D Large Multimodal-Models Reasoning",
@@ -103,15 +101,13 @@ def schedule_from_profile(
 
 
 @dataclass(frozen=True)
-class AdaToken3D(Reducer):
+class AdaToken3D(LastTokenRanking):
     """Top-k by the last token's attention, in stages whose ratios a profile of the model gives."""
 
     ratios: tuple[float, ...] = (0.8, 0.6, 0.4)
     """Share of all tokens that is left in each stage."""
     depths: tuple[float, ...] = (1 / 4, 1 / 2, 3 / 4)
     """Where in the decoder the stages begin, as shares of its layers."""
-
-    whole_picture: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.depths or list(self.depths) != sorted(self.depths) or not all(0 <= d < 1 for d in self.depths):
@@ -121,18 +117,8 @@ class AdaToken3D(Reducer):
         if list(self.ratios) != sorted(self.ratios, reverse=True) or not all(0 < r <= 1 for r in self.ratios):
             raise ValueError(f"ratios: got {self.ratios}, must be shares in (0, 1] of all tokens that do not rise")
 
-    @property
-    def layer_needs(self) -> Mapping[str, LayerNeed]:
-        return {"llm_attention": "last"}
-
     def schedule(self, num_tokens: int, keep: int, num_layers: int) -> Schedule:
         return Schedule(num_tokens, stages_from_all(self.depths, self.ratios, keep, num_tokens, num_layers))
-
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return topk(last_query(evidence.llm_attention), keep)
-
-    def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
-        return Reduction.select(evidence.features, self.select(evidence, keep))
 
 
 def claim(trial: Trial) -> Outcome:

@@ -16,17 +16,12 @@ runs, and not after it. So the choice is the released one, but what is dropped i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.score import last_query
-from vistok.core.select import topk
 from vistok.core.stages import stages_from_all
-from vistok.host.reducer import Evidence, LayerNeed, Reducer, Reduction, Schedule
+from vistok.host.reducer import Schedule
+from vistok.reduce._last_token import LastTokenRanking
 
 CARD = Card(
     title="An Image is Worth 1/2 Tokens After Layer 2 (FastV)",
@@ -44,31 +39,19 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class FastV(Reducer):
+class FastV(LastTokenRanking):
     """Top-k by the last token's attention, early in the language model."""
 
     layer: int = 2
     """K of the paper: tokens are ranked by decoder layer K - 1, counted from 0."""
 
-    whole_picture: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise ValueError(f"layer: got {self.layer}, must be 1 or more (layer K - 1 ranks the tokens)")
 
-    @property
-    def layer_needs(self) -> Mapping[str, LayerNeed]:
-        return {"llm_attention": "last"}
-
     def schedule(self, num_tokens: int, keep: int, num_layers: int) -> Schedule:
         depth = min((self.layer - 1) / num_layers, 1)
         return Schedule(num_tokens, stages_from_all((depth,), (1,), keep, num_tokens, num_layers))
-
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return topk(last_query(evidence.llm_attention), keep)
-
-    def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
-        return Reduction.select(evidence.features, self.select(evidence, keep))
 
 
 def claim(trial: Trial) -> Outcome:

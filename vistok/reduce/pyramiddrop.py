@@ -16,17 +16,12 @@ Departures: none in the choice. Positions stay those of the picture (the release
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.score import last_query
-from vistok.core.select import topk
 from vistok.core.stages import stages_from_all
-from vistok.host.reducer import Evidence, LayerNeed, Reducer, Reduction, Schedule
+from vistok.host.reducer import Schedule
+from vistok.reduce._last_token import LastTokenRanking
 
 CARD = Card(
     title="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
@@ -45,7 +40,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Reducer):
+class PyramidDrop(LastTokenRanking):
     """Top-k by the last token's attention, in stages that each keep the same share."""
 
     ratio: float = 0.5
@@ -53,27 +48,15 @@ class PyramidDrop(Reducer):
     depths: tuple[float, ...] = (1 / 4, 1 / 2, 3 / 4)
     """Where in the decoder the stages begin, as shares of its layers."""
 
-    whole_picture: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio: got {self.ratio}, must be in (0, 1]")
         if not self.depths or list(self.depths) != sorted(self.depths) or not all(0 < d < 1 for d in self.depths):
             raise ValueError(f"depths: got {self.depths}, must rise within (0, 1)")
 
-    @property
-    def layer_needs(self) -> Mapping[str, LayerNeed]:
-        return {"llm_attention": "last"}
-
     def schedule(self, num_tokens: int, keep: int, num_layers: int) -> Schedule:
         shape = [self.ratio**stage for stage in range(len(self.depths))]
         return Schedule(num_tokens, stages_from_all(self.depths, shape, keep, num_tokens, num_layers))
-
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return topk(last_query(evidence.llm_attention), keep)
-
-    def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
-        return Reduction.select(evidence.features, self.select(evidence, keep))
 
 
 def claim(trial: Trial) -> Outcome:
