@@ -57,7 +57,7 @@ def pack(pictures: list[Picture], tokenizer: PreTrainedTokenizerFast, grid: int)
                 owners.append(row)
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     user, answer = tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])
-    rows: list[list[tuple[Tensor, ...]]] = [[] for _ in pictures]
+    rows: list[list[Tensor]] = [[] for _ in pictures]
     for ids_list, row in zip(encoded, owners, strict=True):
         ids = torch.tensor(ids_list)
         turn_starts = ids == user
@@ -65,13 +65,19 @@ def pack(pictures: list[Picture], tokenizer: PreTrainedTokenizerFast, grid: int)
         inside = (ids == answer).cumsum(0) == turn_starts.cumsum(0)
         target = torch.full_like(ids, IGNORE)
         target[:-1] = torch.where(inside[:-1] & ~turn_starts[1:], ids[1:], IGNORE)
-        rows[row].append((ids, torch.full_like(ids, len(rows[row]) + 1), torch.arange(len(ids)), target))
-    columns = [[torch.cat(part) for part in zip(*row, strict=True)] for row in rows]
-    fill = (tokenizer.pad_token_id, -1, 0, IGNORE)
-    longest = max(len(row[0]) for row in columns)
-    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        rows[row].append(torch.stack([ids, torch.full_like(ids, len(rows[row]) + 1), torch.arange(len(ids)), target]))
+    return to_batch(pictures, [torch.cat(row, 1) for row in rows], tokenizer.pad_token_id, grid)
+
+
+def to_batch(pictures: list[Picture], rows: list[Tensor], filling: int, grid: int) -> Batch:
+    """The batch of ``pictures`` whose text, segments, positions and targets are ``rows``, each (4, S') int64.
+
+    ``filling``: the token id of padding.
+    """
+    fill = (filling, -1, 0, IGNORE)
+    length = -(-max(row.shape[1] for row in rows) // LENGTH_STEP) * LENGTH_STEP
     text, segment, position, target = (
-        torch.stack([pad(row[i], (0, length - len(row[i])), value=fill[i]) for row in columns]) for i in range(4)
+        torch.stack([pad(row[i], (0, length - row.shape[1]), value=fill[i]) for row in rows]) for i in range(4)
     )
     by_picture = [patch_labels(picture, (grid, 2 * grid)) for picture in pictures]
     labels = {name: np.stack([one[name].reshape(-1, 2) for one in by_picture]) for name in by_picture[0]}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vistok.world import CHARACTER_LABELS, COLOUR_LABELS, LAST_INDEX, SHAPE_LABELS, derive_seed, make
+from vistok.world import CHARACTER_LABELS, COLOUR_LABELS, LAST_INDEX, SHAPE_LABELS, Picture, derive_seed, make
 
 from .optimizer import Optimizer, load_checkpoint, save_checkpoint
 from .packing import IGNORE, Batch, pack, packed_mask
@@ -48,7 +48,10 @@ class Stage:
     tasks: tuple[tuple[str, float], ...]
     """(task of the world, share of the pictures)"""
     drop: float = 0.0
-    """Share of the steps at which the pictures lose a random part of their visual tokens, 0 to 90%."""
+    """Share of the steps at which the pictures lose a part of their visual tokens, 0 to 90%."""
+    encoder: bool = True
+    """False: vision tower and projector stay as they are. With tokens missing at random, an encoder that learns would
+    put what it sees into any token, and it would no longer matter which ones are kept."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,46 @@ class Prefix:
         return (last.amax(dim=0) if last.ndim == 3 else last) + 1
 
     def take(self, share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Embeddings and positions with a random ``share`` of each picture's tokens, each at its own position."""
+        """Embeddings and positions with a ``share`` of each picture's tokens, each at its own position: scattered at
+        random, in patches, or anything between."""
         batch, length = self.embeds.shape[:2]
         every = torch.arange(length)
         tokens = every[self.visual]
-        kept = torch.rand(batch, len(tokens), generator=rng).argsort(1)[:, : max(1, round(share * len(tokens)))]
+        score = patchy(batch, len(tokens), rng)
+        kept = score.argsort(1)[:, : max(1, round(share * len(tokens)))]
         ends = [part.expand(batch, -1) for part in (every[: self.visual.start], every[self.visual.stop :])]
         index = torch.cat([ends[0], tokens[kept.sort(1).values], ends[1]], 1).to(self.embeds.device)
         embeds = self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1]))
         return embeds, self.positions.gather(-1, index.expand(*self.positions.shape[:-1], -1))
+
+
+def patchy(batch: int, tokens: int, rng: torch.Generator) -> Tensor:
+    """(B, N) noise over a square grid of N tokens, between white and a few broad hills, its mix drawn by picture."""
+    side = math.isqrt(tokens)
+    white = torch.randn(batch, tokens, generator=rng)
+    hills = torch.randn(batch, 1, 4, 4, generator=rng)
+    hills = nn.functional.interpolate(hills, size=(side, side), mode="bicubic", align_corners=True).flatten(1)
+    mix = torch.rand(batch, 1, generator=rng)
+    return mix * white + (1 - mix) * hills
+
+
+def language_loss(
+    model: PreTrainedModel, prefix: Prefix, batch: Batch, share: float, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy of the answers' tokens, how many are right), from ``share`` of the visual tokens."""
+    text = model.get_input_embeddings()(batch.text)
+    embeds, positions = prefix.take(share, rng)
+    later = (batch.position + prefix.next_position).expand(*positions.shape[:-1], -1)
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([embeds.to(text.dtype), text], dim=1),
+        attention_mask=packed_mask(embeds.shape[1], batch.segment),
+        position_ids=torch.cat([positions, later], dim=-1),
+        use_cache=False,
+    ).last_hidden_state[:, embeds.shape[1] :]
+    asked = batch.target != IGNORE
+    logits = model.lm_head(hidden[asked]).float()
+    target = batch.target[asked]
+    return nn.functional.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
 
 
 @dataclass(frozen=True)
@@ -99,6 +133,10 @@ class Recipe:
     """(model, pixels (B, H, W, 3) uint8, id of the first token) -> Prefix"""
     teach: Callable[[Tensor], Tensor] | None = None
     """pixels -> (B, N, label_width) features of a trained model that ``Prefix.patches`` is drawn to."""
+    pack: Callable[[list[Picture], Any, int], Batch] = pack
+    """(pictures, tokenizer, grid) -> Batch"""
+    objective: Callable[[PreTrainedModel, Prefix, Batch, float, torch.Generator], tuple[Tensor, Tensor]] = language_loss
+    """(model, prefix, batch, share of the visual tokens, rng) -> (loss, share of the tokens that are right)"""
     questions: int = 10
     max_objects: int = 5
     label_weight: float = 0.3
@@ -140,7 +178,7 @@ class WorldBatches(Dataset[Batch]):
             )
             for row, task in enumerate(chosen.tolist())
         ]
-        return pack(pictures, self.tokenizer, self.recipe.grid)
+        return self.recipe.pack(pictures, self.tokenizer, self.recipe.grid)
 
 
 class LabelHeads(nn.Module):
@@ -174,25 +212,6 @@ class LabelHeads(nn.Module):
             target = torch.zeros_like(logits).scatter_(1, present.flatten(1), 1.0)
             loss = loss + 5 * nn.functional.binary_cross_entropy_with_logits(logits, target)
         return loss
-
-
-def language_loss(
-    model: PreTrainedModel, prefix: Prefix, batch: Batch, share: float, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy of the answers' tokens, how many are right), from ``share`` of the visual tokens."""
-    text = model.get_input_embeddings()(batch.text)
-    embeds, positions = prefix.take(share, rng)
-    later = (batch.position + prefix.next_position).expand(*positions.shape[:-1], -1)
-    hidden = model.model.language_model(
-        inputs_embeds=torch.cat([embeds.to(text.dtype), text], dim=1),
-        attention_mask=packed_mask(embeds.shape[1], batch.segment),
-        position_ids=torch.cat([positions, later], dim=-1),
-        use_cache=False,
-    ).last_hidden_state[:, embeds.shape[1] :]
-    asked = batch.target != IGNORE
-    logits = model.lm_head(hidden[asked]).float()
-    target = batch.target[asked]
-    return nn.functional.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
 
 
 def relative_error(features: Tensor, target: Tensor) -> Tensor:
@@ -248,14 +267,17 @@ def train(
             stage, stage_step = recipe.stage_at(step)
             batch = to_device(batch, device)
             with cast:
-                prefix = recipe.prefix(model, batch.pixels, processor.tokenizer.bos_token_id)
-                loss = heads(prefix, batch.labels)
-                if recipe.teach is not None:
-                    loss = loss + 5 * relative_error(prefix.patches, recipe.teach(batch.pixels))
+                with torch.set_grad_enabled(stage.encoder):
+                    prefix = recipe.prefix(model, batch.pixels, processor.tokenizer.bos_token_id)
+                loss = torch.zeros(())
+                if stage.encoder:
+                    loss = heads(prefix, batch.labels)
+                    if recipe.teach is not None:
+                        loss = loss + 5 * relative_error(prefix.patches, recipe.teach(batch.pixels))
                 right = torch.zeros(())
                 if stage.language:
                     rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-                    words, right = language_loss(model, prefix, batch, kept_share(stage, rng), rng)
+                    words, right = recipe.objective(model, prefix, batch, kept_share(stage, rng), rng)
                     loss = words + recipe.label_weight * loss
             loss.backward()
             nn.utils.clip_grad_norm_(both.parameters(), 1.0)
