@@ -24,6 +24,7 @@ from torch import Tensor
 
 import vistok
 from benchmarks.common import bound, build, first_token, in_turn, inputs_of, machine, machine_line, ratio
+from vistok import catalogue
 from vistok.host.reducer import Evidence, Reducer, Reduction, Schedule
 
 GOAL_BEFORE, GOAL_STAGED = 1.05, 1.15
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    methods = options.methods.split(",") if options.methods else [card.slug for card in vistok.systems("reduce")]
+    methods = options.methods.split(",") if options.methods else [card.slug for card in catalogue.methods("reduce")]
     for tokens in options.tokens:
         with torch.inference_mode():
             rows = rows_of(tokens, options.keep, options.repeats, methods, options.device)

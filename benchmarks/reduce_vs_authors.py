@@ -27,6 +27,7 @@ import torch
 import vistok
 from benchmarks.common import build, first_token, in_turn, inputs_of, machine, machine_line
 from benchmarks.reduce_overhead import Given
+from vistok import catalogue
 from vistok.host.reducer import Reducer
 from vistok.host.vision import ATTENTION_FIELDS
 
@@ -103,7 +104,7 @@ def main() -> None:
         runs_of(model, vistok.create(slug))[way]()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    names = options.methods.split(",") if options.methods else [card.slug for card in vistok.systems("reduce")]
+    names = options.methods.split(",") if options.methods else [card.slug for card in catalogue.methods("reduce")]
     for slug in names:
         method = vistok.create(slug)
         if not reads(method):

@@ -19,6 +19,7 @@ import torch
 
 import vistok
 from benchmarks.common import bound, build, first_token, in_turn, inputs_of, machine, machine_line, ratio
+from vistok import catalogue
 
 GOAL = 1.10
 
@@ -43,8 +44,8 @@ def main() -> None:
         "dense": lambda: first_token(model, inputs),
         "bound": lambda: bound(model, inputs, arguments.keep),
     }
-    staged = {c.slug for c in vistok.systems("reduce") if "layer" in c.site}
-    runs |= {card.slug: reduced(card.slug) for card in vistok.systems("reduce")}
+    staged = {c.slug for c in catalogue.methods("reduce") if "layer" in c.site}
+    runs |= {card.slug: reduced(card.slug) for card in catalogue.methods("reduce")}
     with torch.inference_mode():
         taken = in_turn(runs, arguments.repeats)
     dense = statistics.median(taken["dense"])

@@ -45,7 +45,7 @@ def test_what_does_not_exist_is_said(asked):
         values_of(CARDS[0], "site")
 
 
-@pytest.mark.parametrize("name", [c.slug for c in catalogue.systems("reduce") if c.kind != "control"])
+@pytest.mark.parametrize("name", [c.slug for c in catalogue.methods("reduce") if c.kind != "control"])
 def test_mechanism_is_what_the_reducer_asks_for(name):
     """A method whose card is silent on attention, or on the question, must not be given them; and the reverse."""
     reducer, mechanism = vistok.create(name), vistok.card(name).mechanism

@@ -113,7 +113,7 @@ def test_a_method_that_cannot_serve_the_model_is_left_out_of_all(run, small, tmp
         raise ValueError("evidence: not for this one")
 
     monkeypatch.setattr(HiPrune, "select", refuse)
-    monkeypatch.setattr("vistok.cli.options.catalogue.systems", lambda family: systems)
+    monkeypatch.setattr("vistok.cli.options.catalogue.methods", lambda family: systems)
     from vistok import catalogue
 
     systems = [catalogue.card(name) for name in ("hiprune", "uniform")]

@@ -54,7 +54,7 @@ def test_several_keeps():
 def test_all_methods_have_dense_and_the_controls_first():
     names = parse_methods("all")
     assert names[:4] == ["dense", "random", "uniform", "pool"]
-    assert set(names[1:]) == {card.slug for card in catalogue.systems("reduce")}
+    assert set(names[1:]) == {card.slug for card in catalogue.methods("reduce")}
     assert len(names) == len(set(names))
 
 

@@ -102,7 +102,10 @@ def test_nothing_is_lost_at_the_first_step():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vistok-huge",), "NAME: got vistok-huge, must be a recipe: vistok-tiny, vistok-tiny-qwen"),
+        (
+            ("vistok-huge",),
+            "NAME: got vistok-huge, must be a recipe: vistok-tiny, vistok-tiny-diffusion, vistok-tiny-qwen",
+        ),
         (("../training",), "NAME: got ../training"),
         (("vistok-tiny", "--device", "abacus"), "--device: got abacus"),
         (("vistok-tiny", "--steps", "0"), "--steps"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-IMAGE = 98
+IMAGE, VIDEO = 98, 97
 TEXT = dict(
     hidden_size=48,
     intermediate_size=64,
@@ -44,6 +44,10 @@ class Family:
     class_token: bool = False
     types: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Ids of a batch to its token_type_ids, where the model wants them."""
+    cases: tuple[str, ...] | None = None
+    """Those of the contract tests that it runs; None for all that it can."""
+    atol: float = 2e-5
+    """How far its logits may be from those of the run by hand, by rounding alone."""
     effort: bool = True
     """Whether it takes methods that spend less on visual tokens without dropping them."""
 
@@ -58,8 +62,9 @@ def language_model(model: Any) -> Any:
 
 
 def tower(model: Any) -> Any:
-    """The vision encoder in a model."""
-    return next(getattr(model.model, n) for n in ("visual", "vision_tower", "vision_model") if hasattr(model.model, n))
+    """The vision encoder in a model; that for videos where they have their own."""
+    names = "visual", "vision_tower", "vision_model", "video_tower"
+    return next(getattr(model.model, n) for n in names if hasattr(model.model, n))
 
 
 def blocks(model: Any) -> Any:
@@ -98,7 +103,7 @@ def _llava_pictures(sizes):
 
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
-ANYRES = dict(image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS)
+ANYRES = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_grid_pinpoints=PINPOINTS)
 
 
 def _llava_next(kind: str = "LlavaNext") -> Any:
@@ -144,7 +149,7 @@ def _anyres_patches(size):
 
 MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]})
 QWEN_VISION = dict(patch_size=7, spatial_merge_size=2, temporal_patch_size=2, depth=4, num_heads=4)
-QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=97, vision_start_token_id=96, vision_end_token_id=95)
+QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=96, vision_end_token_id=95)
 
 
 def _qwen2() -> Any:
@@ -182,6 +187,30 @@ def _qwen3() -> Any:
     )
     config = tf.Qwen3VLConfig(vision_config=vision, text_config=dict(**TEXT, **MROPE, head_dim=12), **QWEN_IDS)
     return tf.Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen3_5() -> Any:
+    vision = dict(
+        **QWEN_VISION,
+        hidden_size=32,
+        intermediate_size=48,
+        out_hidden_size=48,
+        num_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    rope = dict(MROPE["rope_parameters"], partial_rotary_factor=1.0, mrope_interleaved=True)
+    text = dict(
+        **TEXT,
+        rope_parameters=rope,
+        head_dim=12,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    )
+    config = tf.Qwen3_5Config(vision_config=vision, text_config=text, **QWEN_IDS)
+    return tf.Qwen3_5ForConditionalGeneration(config)
 
 
 def _qwen_pictures(sizes):
@@ -294,7 +323,7 @@ def _glm(kind: str = "Glm4v") -> Any:
         vision_config=dict(vision, model_type="glm4v_vision"),
         text_config=dict(**TEXT, **GLM_TEXT, model_type="glm4v_text"),
         image_token_id=IMAGE,
-        video_token_id=97,
+        video_token_id=VIDEO,
     )
     return getattr(tf, f"{kind}ForConditionalGeneration")(config)
 
@@ -347,6 +376,15 @@ FAMILIES = {
         Family("qwen2-vl", _qwen2, _qwen_pictures, **PACKED),
         Family("qwen2.5-vl", _qwen2_5, _qwen_pictures, **PACKED),
         Family("qwen3-vl", _qwen3, _qwen_pictures, **PACKED),
+        Family(
+            "qwen3.5",
+            _qwen3_5,
+            _qwen_pictures,
+            **PACKED,
+            cases=("one", "mixed-left", "sizes-left", "sizes-right"),
+            atol=1e-3,  # by padding alone: the plain model's logits then differ by 3e-4, those of an unpadded row by 0
+            effort=False,
+        ),
         Family("internvl", _internvl, _internvl_pictures, 2, _internvl_patches, (64, 192), class_token=True),
         Family("idefics3", lambda: _idefics("Idefics3"), _idefics_pictures, 2, _internvl_patches, (64, 192)),
         Family("smolvlm", lambda: _idefics("SmolVLM"), _idefics_pictures, 2, _internvl_patches, (64, 192)),
@@ -364,6 +402,114 @@ FAMILIES = {
         Family("paligemma", _paligemma, _llava_pictures, types=torch.zeros_like, effort=False),
     )
 }
+
+
+def _with_videos(pictures, videos):
+    """Sizes 0 and 1 are ``pictures``; 2 and 3 are ``videos`` 0 and 1."""
+
+    def both(sizes):
+        shown, clips = pictures([s for s in sizes if s < 2]), videos([s - 2 for s in sizes if s > 1])
+        pick = [zip(*made[1:], strict=True) for made in (shown, clips)]
+        made = [next(pick[size > 1]) for size in sizes]
+        return {**shown[0], **clips[0]}, [ids for ids, _ in made], [places for _, places in made]
+
+    return both
+
+
+def _qwen_videos(sizes, stamps=False):
+    """Three frames of 2 x 3 tokens, or one of 2 x 2. ``stamps``: a time stamp and two marks around each frame."""
+    grids = [[(3, 4, 6), (1, 4, 4)][size] for size in sizes]
+    lines, places = [], []
+    for t, h, w in grids:
+        frame = [VIDEO] * (h * w // 4)
+        ids, mine = [], []
+        for number in range(t):
+            ids += [50 + number, 96] if stamps else []
+            mine += range(len(ids), len(ids) + len(frame))
+            ids += [*frame, 95] if stamps else frame
+        lines.append(ids)
+        places.append(mine)
+    inputs = {
+        "pixel_values_videos": _pixels(sum(t * h * w for t, h, w in grids), 3 * 2 * 7 * 7),
+        "video_grid_thw": torch.tensor(grids),
+    }
+    return inputs if sizes else {}, lines, places
+
+
+def _pooled_videos(sizes, ends=0):
+    """Three frames of 4 x 4 patches, pooled to 2 x 2 tokens; ``ends``: a newline behind them."""
+    inputs = {"pixel_values_videos": _pixels(len(sizes), 3, 3, 28, 28)}
+    return inputs if sizes else {}, [[VIDEO] * (12 + ends)] * len(sizes), [list(range(12))] * len(sizes)
+
+
+def _video_llava() -> Any:
+    config = tf.VideoLlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7),
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    )
+    return tf.VideoLlavaForConditionalGeneration(config)
+
+
+def _framed_videos(sizes):
+    """Two frames of a class token and 4 x 4 others."""
+    inputs = {"pixel_values_videos": _pixels(len(sizes), 2, 3, 28, 28)}
+    places = [17 * t + 1 + i for t in range(2) for i in range(16)]
+    return inputs if sizes else {}, [[VIDEO] * 34] * len(sizes), [places] * len(sizes)
+
+
+def _few_pictures(sizes):
+    return _llava_pictures(sizes) if sizes else ({}, [], [])
+
+
+def _qwen_video_patches(size):
+    return [[4 * i + j for j in range(4)] for i in range((16, 6, 18, 4)[size])]
+
+
+def _pooled_patches(size):
+    corners = [16 * t + 4 * y + x for t in range(3) for y in (0, 2) for x in (0, 2)]
+    return [[corner + 4 * dy + dx for dy in (0, 1) for dx in (0, 1)] for corner in corners]
+
+
+QWEN_VIDEO = dict(sizes=4, patches=_qwen_video_patches, spent=(64, 24, 72, 16), units=False)
+STAMPED = lambda sizes: _qwen_videos(sizes, stamps=True)  # noqa: E731
+VIDEOS = {
+    family.name: family
+    for family in (
+        Family("qwen2-vl", _qwen2, _with_videos(_qwen_pictures, _qwen_videos), **QWEN_VIDEO),
+        Family("qwen2.5-vl", _qwen2_5, _with_videos(_qwen_pictures, _qwen_videos), **QWEN_VIDEO),
+        Family("qwen3-vl", _qwen3, _with_videos(_qwen_pictures, STAMPED), **QWEN_VIDEO),
+        Family("qwen3.5", _qwen3_5, _with_videos(_qwen_pictures, STAMPED), **QWEN_VIDEO, atol=5e-3),
+        Family(
+            "llava-next-video",
+            lambda: _llava_next("LlavaNextVideo"),
+            _with_videos(_anyres_pictures, _pooled_videos),
+            4,
+            _pooled_patches,
+            (48, 80, 48, 48),
+            class_token=True,
+        ),
+        Family(
+            "onevision",
+            _onevision,
+            _with_videos(_anyres_pictures, lambda sizes: _pooled_videos(sizes, ends=1)),
+            4,
+            _pooled_patches,
+            (48, 80, 48, 48),
+        ),
+        Family(
+            "video-llava",
+            _video_llava,
+            _with_videos(_few_pictures, _framed_videos),
+            4,
+            lambda size: [[i] for i in range(16 if size < 2 else 32)],
+            (16, 16, 32, 32),
+            class_token=True,
+        ),
+    )
+}
+"""Families that take videos: sizes 2 and 3."""
 SHRUNK = Family("onevision-shrunk", lambda: _onevision("anyres_max_1"), _anyres_pictures, sizes=2)
 
 
@@ -408,7 +554,7 @@ def prompt(family: Family, rows: list[list[int]], side: str = "left", text: tupl
     inputs = {"input_ids": ids, "attention_mask": torch.tensor(mask), **extra}
     if family.types is not None:
         inputs["token_type_ids"] = family.types(ids)
-    if "image_grid_thw" in extra:
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    if "image_grid_thw" in extra or "video_grid_thw" in extra:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     columns = [[[c + b for c in t] for t in span] for b, span in zip(before, spans, strict=True)]
     return Prompt(inputs, columns)

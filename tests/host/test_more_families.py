@@ -1,4 +1,4 @@
-"""What is particular to Idefics3, Mistral 3, GLM-4.6V, Gemma 3 and PaliGemma; the rest is in the other files."""
+"""What is particular to Idefics3, Mistral 3, GLM-4.6V, Gemma 3, PaliGemma and Qwen3.5; the rest is in other files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from tests.host.families import (
     FAKE,
@@ -26,11 +28,12 @@ from tests.host.families import (
 from tests.host.reducers import Asks, Spread, Staged, spread
 from tests.host.reference import generation_inputs, greedy, one_row
 from tests.host.test_effort import Works
-from tests.host.test_families import same_rows
+from tests.host.test_families import places_in, same_rows, staged_left
 from vistok.host import UnsupportedModel, apply
+from vistok.host.cache import ReducedLayer
 from vistok.host.hosts import host_of
 
-IDEFICS, MISTRAL = FAMILIES["idefics3"], FAMILIES["mistral3"]
+IDEFICS, MISTRAL, HYBRID = FAMILIES["idefics3"], FAMILIES["mistral3"], FAMILIES["qwen3.5"]
 GEMMA, PALI = FAMILIES["gemma3"], FAMILIES["paligemma"]
 
 
@@ -173,9 +176,90 @@ def test_pictures_of_llava_next_video():
     left = batch.left(lambda n: spread(n, n // 4))
     with apply(family.model, Spread(), keep=0.25):
         got = family.model(**batch.inputs).logits
-        with pytest.raises(ValueError, match="pixel_values_videos: video is not supported yet"):
-            family.model(input_ids=batch.inputs["input_ids"], pixel_values_videos=torch.randn(1, 2, 3, 28, 28))
     same_rows(family.model, batch, got, left)
+
+
+# Linear attention ---------------------------------------------------------------------------------------------------
+
+
+def turns(method, rows=((0,),), **how):
+    """Two turns on one cache: (ids and mask of the second, its answer, the cache, the session)."""
+    model, batch = HYBRID.model, prompt(HYBRID, [list(row) for row in rows])
+    cache = DynamicCache(config=model.config.text_config)
+    keys = ("attention_mask", "image_grid_thw", "mm_token_type_ids")
+    with apply(model, method, keep=0.25, **how) as session:
+        first = model.generate(**batch.inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        inputs = batch.inputs | {"input_ids": torch.cat([first, torch.tensor([[30, 31, 32]] * len(rows))], 1)}
+        new = inputs["input_ids"].shape[1] - batch.inputs["input_ids"].shape[1]
+        inputs |= {keys[0]: torch.nn.functional.pad(inputs[keys[0]], (0, new), value=1)}
+        inputs |= {keys[2]: torch.nn.functional.pad(inputs[keys[2]], (0, new))}
+        more = {key: inputs[key] for key in ("input_ids", *keys)}
+        second = model.generate(**more, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    return type(batch)(inputs, batch.columns), second[:, inputs["input_ids"].shape[1] :].tolist(), cache, session
+
+
+@pytest.mark.parametrize("method", [Spread(), Staged(0.5, {1: 0.25, 3: 0.125})], ids=["input", "staged"])
+def test_a_second_turn_after_linear_attention(method):
+    batch, got, cache, session = turns(method, ((0,), (1, 0)))
+    given, mask = generation_inputs(HYBRID.model, **batch.inputs), batch.inputs["attention_mask"]
+    left, stages = batch.left(lambda n: spread(n, round(0.25 * n))), {}
+    if isinstance(method, Staged):
+        left, stages = staged_left(batch, 0.5, {1: 0.25, 3: 0.125})
+    for row in range(2):
+        by_hand = one_row(given, row, mask)
+        to_places = places_in(by_hand)
+        own = {layer: to_places(columns[row]) for layer, columns in stages.items()}
+        assert got[row] == greedy(HYBRID.model, by_hand, to_places(left[row]), 4, own), row
+    assert [type(layer) for layer in cache.layers] == [LinearAttentionLayer] * 2 + [ReducedLayer, LinearAttentionLayer]
+    states = [t for i in (0, 1, 3) for t in (cache.layers[i].conv_states[0], cache.layers[i].recurrent_states[0])]
+    assert session.kv_bytes == sum(t.nbytes for t in (*states, cache.layers[2].keys, cache.layers[2].values))
+    assert turns(method, ((0,), (1, 0)), reselect=True)[1] == got  # which asks again, and gets the same tokens
+
+
+@torch.no_grad()
+def test_attention_is_asked_for_only_where_there_is_some():
+    batch, method = prompt(HYBRID, [[1]]), Staged(1.0, {2: 0.5}, {"llm_attention": "last"})
+    with apply(HYBRID.model, method, keep=0.5):
+        HYBRID.model(**batch.inputs)
+    ((_, evidence),) = method.seen
+    eager = copy.deepcopy(HYBRID.model)
+    eager.set_attn_implementation({"text_config": "eager"})
+    (maps,) = eager(**batch.inputs, output_attentions=True).attentions
+    torch.testing.assert_close(evidence.llm_attention[0, :, 0], maps[0, :, -1, batch.columns[0][0]])
+    refused = pytest.raises(UnsupportedModel, match="llm_attention before decoder layer 3, which is a linear-attention")
+    with apply(HYBRID.model, Staged(1.0, {3: 0.5}, {"llm_attention": "last"}), keep=0.5), refused:
+        HYBRID.model(**batch.inputs)
+
+
+@torch.no_grad()
+def test_padding_between_turns_of_linear_attention_is_refused():
+    model, cache = HYBRID.model, DynamicCache(config=HYBRID.model.config.text_config)
+    first = torch.tensor([[1, 5, 6], [1, 7, 8]])
+    batch = prompt(HYBRID, [[1, 1], [0]])
+    width = batch.inputs["input_ids"].shape[1]
+    more = {"attention_mask": torch.ones(2, 3 + width), "position_ids": torch.arange(3, 3 + width).expand(3, 2, -1)}
+    with apply(model, Spread(), keep=0.25):
+        model(input_ids=first, position_ids=torch.arange(3).expand(3, 2, -1), past_key_values=cache)
+        with pytest.raises(ValueError, match="linear-attention layers of this model would read the padding"):
+            model(**batch.inputs | more, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_flops_of_linear_attention():
+    host, width = host_of(HYBRID.model), 48
+    counts = {}
+    for kind, layer in (("linear", host.layers[0]), ("full", host.layers[2])):
+        x = torch.randn(1, 7, width)
+        rotary = host.language_model.rotary_emb(x, torch.arange(7).expand(3, 1, 7))
+        with FlopCounterMode(display=False) as counter:
+            layer(x, position_embeddings=rotary)
+        counts[kind] = {name.rsplit(".")[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+        counts[kind]["all"] = counter.get_total_flops()
+    assert host.layer_flops(host.layers[2], 7, 7) == counts["full"]["all"]
+    maps = sum(counts["linear"][n] for n in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "mlp"))
+    recurrence = 7 * 4 * 3 * 2 * 8 * 12
+    convolution = 7 * 2 * 4 * (2 * 2 * 8 + 4 * 12)
+    assert host.layer_flops(host.layers[0], 7, 7) == maps + convolution + recurrence
 
 
 # Masks that are more than causal ------------------------------------------------------------------------------------

@@ -117,20 +117,6 @@ def test_inputs_that_are_refused():
         LLAVA.model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": outside})
 
 
-@torch.no_grad()
-def test_videos_are_refused():
-    video = FAMILIES["onevision"].model, {"pixel_values_videos": torch.randn(1, 2, 3, 28, 28)}
-    grids = torch.tensor([[2, 4, 4]])
-    clip = FAMILIES["qwen2-vl"].model, {"pixel_values_videos": torch.randn(32, 294), "video_grid_thw": grids}
-    for model, inputs in (video, clip):
-        ids = torch.tensor([[1, *[97] * 9, 5]])
-        with apply(model, Spread(), keep=0.25):
-            with pytest.raises(ValueError, match="video"):
-                model(input_ids=ids, **inputs)
-            with pytest.raises(ValueError, match="video"):
-                model.generate(input_ids=ids, max_new_tokens=2, **inputs)
-
-
 def test_models_that_are_not_supported():
     class MllamaForConditionalGeneration(torch.nn.Module):
         pass
@@ -347,7 +333,7 @@ def test_a_prompt_of_embeddings():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, id=name) for name, f in FAMILIES.items() if name != "qwen3.5"])
 @torch.no_grad()
 def test_flops_are_those_that_torch_counts(family):
     batch = prompt(family, [[0], [family.sizes - 1, 0]])

@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 import vistok
 from tests.small import save_small_model
+from vistok import catalogue
 from vistok.catalogue.registry import UnknownSystem
 from vistok.host import Reducer, Reduction, UnsupportedModel, vllm_plugin
 from vistok.host.layout import plain
@@ -270,7 +271,7 @@ def given_to_language_model(model, pixels, method, keep):
 
 def servable(model):
     names = []
-    for card in vistok.systems("reduce"):
+    for card in catalogue.methods("reduce"):
         hf_config = model.config.__class__.from_dict(model.config.to_dict())
         hf_config.update({"vistok_method": card.slug})
         try:

@@ -9,12 +9,12 @@ import torch
 
 import vistok
 from tests.reduce.synthetic import Trial, cast, evidence, mapped, rows
-from vistok.catalogue import Outcome, claim_of
+from vistok.catalogue import Outcome, claim_of, methods
 from vistok.host.reducer import Reducer, Reduction
 
 KEEPS_ALL = {"yopo"}
 """Systems that drop no token by choice but spend less on each, see tests/host/test_effort.py."""
-NAMES = [card.slug for card in vistok.systems("reduce") if card.slug not in KEEPS_ALL]
+NAMES = [card.slug for card in methods("reduce") if card.slug not in KEEPS_ALL]
 GRIDS = [(8, 8), (6, 10), (1, 13)]
 CROPS = ((4, 4), (4, 4), (3, 5))
 

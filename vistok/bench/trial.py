@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from vistok.catalogue import card, claim_of
 from vistok.world import sample
 from vistok.zoo import DEFAULT, load, load_processor
+from vistok.zoo.asking import denoise, is_right
 
+from .diffusion import denoising_ms
 from .measure import DENSE, Case, answer_all, cases_of, cost_all
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class WorldTrial:
     pictures: int = 32
     """Pictures of all tasks, eight questions each."""
     seed: int = 0
+    diffusion_name: str = "vistok-tiny-diffusion"
+    """The masked-diffusion model."""
 
     def __post_init__(self) -> None:
         self._answered: dict[tuple[Any, ...], list[Answered]] = {}
@@ -64,6 +68,23 @@ class WorldTrial:
     def ttft_ms(self, method: Any, keep: float | int = 1.0) -> float:
         settings = [(method, keep), (DENSE, 1.0)]
         return cost_all(self.model, self.processor, settings, self.cases[0], repeats=9)[0].ttft_ms
+
+    @cached_property
+    def diffusion(self) -> tuple[PreTrainedModel, ProcessorMixin]:
+        return load(self.diffusion_name), load_processor(self.diffusion_name)
+
+    def diffusion_accuracy(self, prune: Any) -> float:
+        model, processor = self.diffusion
+        images, questions = [case.picture for case in self.cases], [case.question for case in self.cases]
+        answers, _ = denoise(model, processor, images, questions, prune=prune, cache=True)
+        right = [
+            case.truth is not None and is_right(case.truth, a) for case, a in zip(self.cases, answers, strict=True)
+        ]
+        return sum(right) / len(right)
+
+    def diffusion_ms(self, prune: Any) -> float:
+        model, processor = self.diffusion
+        return denoising_ms(model, processor, self.cases[0], [prune, None], steps=model.config.answer_length)[0]
 
 
 def try_system(slug: str, trial: WorldTrial) -> dict[str, Any]:

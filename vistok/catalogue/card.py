@@ -80,6 +80,14 @@ class Trial(Protocol):
         """Median milliseconds to the first token, picture encoding included, interleaved with the dense model."""
         ...
 
+    def diffusion_accuracy(self, prune: Any) -> float:
+        """As ``accuracy``, of the zoo's masked-diffusion model; ``prune``: a StepPrune of dmllm-redundancy, or None."""
+        ...
+
+    def diffusion_ms(self, prune: Any) -> float:
+        """Median milliseconds to its whole answer, picture encoding included, interleaved with the dense model."""
+        ...
+
 
 Claim = Callable[[Trial], Outcome]
 """A system's module defines ``def claim(trial: Trial) -> Outcome``."""

@@ -54,6 +54,10 @@ class Registry:
         wanted = [slug for slug, path in self._paths.items() if family in (None, path.parent.name)]
         return [source.card for slug in wanted if (source := self._source(slug))]
 
+    def methods(self, family: str) -> list[Card]:
+        """Cards of the systems of a family that can be put into a model: all but its measurements."""
+        return [card for card in self.systems(family) if card.kind != "measurement"]
+
     def card(self, name: str) -> Card:
         """The card of the system ``name`` (its slug; underscores and capitals are forgiven). Raises UnknownSystem."""
         return self.source(name).card
@@ -143,6 +147,7 @@ def _slug(name: str) -> str:
 _registry = Registry(Path(__file__).parents[1], "vistok")
 names = _registry.names
 systems = _registry.systems
+methods = _registry.methods
 card = _registry.card
 hyper_of = _registry.hyper_of
 create = _registry.create

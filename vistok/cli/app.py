@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Command | Group] = {
     "ask": Command("vistok.cli.ask:ask", "Ask a picture a question, with and without a method."),
     "compare": Command("vistok.cli.compare:compare", "Compare methods on one picture, or on many of the world."),
     "horizon": Command("vistok.cli.horizon:horizon", "Measure how deep in a model its visual tokens matter."),
+    "diffusion": Command("vistok.cli.diffusion:diffusion", "Measure when a masked-diffusion model can lose tokens."),
     "auto": Command("vistok.cli.auto:auto", "Find the cheapest method and count that is good enough."),
     "search": Command("vistok.cli.search:search", "Tune a method's hyper-parameters on a model."),
     "systems": Command("vistok.cli.catalogue:systems", "List the systems that are implemented."),

@@ -59,7 +59,7 @@ def parse_methods(text: str, argument: str = "--methods") -> list[str]:
     Raises UserError for a name that is no reducer.
     """
     if text.strip() == "all":
-        cards = catalogue.systems("reduce")
+        cards = catalogue.methods("reduce")
         return [DENSE, *(c.slug for c in sorted(cards, key=lambda c: (c.kind != "control", c.slug == "pool", c.slug)))]
     found = [[_known(part, argument) for part in name.split("+")] for name in text.split(",")]
     for parts in found:
@@ -80,6 +80,8 @@ def _known(name: str, argument: str) -> str:
         raise UserError(argument, name, f"must be a system: {str(error).partition(': ')[2]}") from error
     if card.family != "reduce":
         raise UserError(argument, name, f"must be a reducer, it is of the family {card.family}")
+    if card.kind == "measurement":
+        raise UserError(argument, name, "must be a reducer, it is a study with a command of its own")
     return card.slug
 
 

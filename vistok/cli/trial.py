@@ -42,7 +42,7 @@ def trial(
         for card in bar.track(cards, description="measuring"):
             try:
                 row = try_system(card.slug, measure)
-            except ValueError as error:
+            except (ValueError, LookupError) as error:  # LookupError: the model that it is measured on is not there
                 if len(cards) == 1:
                     raise
                 failed.append(card.slug)

@@ -13,17 +13,38 @@ padded row, positions kept); elsewhere the next forward raises RuntimeError inst
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    QuantizedLayer,
+)
+
+from vistok.host.rows import pack, take
 
 
 class ReducedLayer(DynamicLayer):
-    """The keys and values of one decoder layer, with the column of the unreduced sequence that each key stands for."""
+    """The keys and values of one decoder layer, with the column of the unreduced sequence that each key stands for.
+
+    How they are kept is left to the layer's other base: as they are (DynamicLayer), or quantized (``reduced_class``).
+    """
+
+    keys: Any
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing has been dropped yet."""
         self.columns: Tensor | None = None
         """(B, P) int64: column of the first P keys in the unreduced sequence, -1 for padding put in to keep the batch
         rectangular. Later keys follow one another."""
@@ -37,12 +58,26 @@ class ReducedLayer(DynamicLayer):
         """Layers of equal ``stage`` hold the same columns."""
         self.uneven = False
         """Whether the layers of the cache hold different columns."""
+        self.reordered = False
+        """Whether rows were moved, picked or repeated since the first key came (beam search)."""
         self.armed = False
         """True during a forward whose masks and positions a session translates."""
 
     @property
     def held(self) -> int:
+        if isinstance(self, BaseQuantizedLayer):
+            return self.cumulative_length
         return 0 if not self.is_initialized or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def held_keys(self) -> Tensor:
+        """(B, Hk, held, d) the keys, as the model gets them back."""
+        if not isinstance(self, BaseQuantizedLayer):
+            return self.keys
+        keys = self._dequantize(self._quantized_keys)
+        if isinstance(self, QuantizedLayer):  # moving rows waits for the next update there
+            keys = self._apply_pending_reorder(keys, keys)[0]
+        return torch.cat([keys, self.keys], -2) if self.keys.numel() else keys
 
     @property
     def seen(self) -> int:
@@ -72,7 +107,18 @@ class ReducedLayer(DynamicLayer):
         later = torch.arange(known.shape[1], self.held, device=device) + self.dropped
         return torch.cat([known, later.expand(len(known), -1)], 1)
 
+    def keep_columns(self, survives: Tensor) -> None:
+        """Let go of all keys but those of the columns ``survives`` (B, seen) bool."""
+        columns = self.all_columns(len(survives), survives.device)
+        index = pack((columns >= 0) & survives.gather(1, columns.clamp(min=0)), None)
+        self.dropped += self.held - index.shape[1]
+        self.columns = take(columns, index).masked_fill(index < 0, -1)
+        self.padded = self.padded or bool((index < 0).any())
+        rows = index.clamp(min=0)[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, rows), self.values.gather(2, rows)
+
     def _index_rows(self, rows: Tensor) -> None:
+        self.reordered = True
         for name in ("columns", "shift"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[rows.to(value.device)])
@@ -87,6 +133,7 @@ class ReducedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.reordered = True
         for name in ("columns", "shift"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value.repeat_interleave(repeats, dim=0))
@@ -102,35 +149,50 @@ class ReducedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.columns, self.dropped, self.padded, self.uneven, self.shift, self.stage = None, 0, False, False, None, ()
+        self.begin()
+
+    def empty(self) -> None:
+        """Let go of all keys and values (``reset`` keeps their memory, filled with zeros)."""
+        self.reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+def reduced_class(kind: type[DynamicLayer]) -> type[ReducedLayer]:
+    """The ReducedLayer that keeps its keys and values as ``kind`` does."""
+    if kind not in _CLASSES:
+        _CLASSES[kind] = type(f"Reduced{kind.__name__}", (ReducedLayer, kind), {})
+    return _CLASSES[kind]
+
+
+_CLASSES: dict[type[DynamicLayer], type[ReducedLayer]] = {DynamicLayer: ReducedLayer}
 
 
 def reduced_layers(cache: Cache | None) -> list[ReducedLayer]:
     """The layers of a cache that an earlier prompt was reduced into; [] for any other."""
-    layers = cache.layers if cache is not None else []
-    return layers if layers and isinstance(layers[0], ReducedLayer) else []
+    return [layer for layer in (cache.layers if cache is not None else ()) if isinstance(layer, ReducedLayer)]
 
 
 def adopt(cache: Cache, num_layers: int) -> list[ReducedLayer]:
-    """Make every layer of ``cache`` a ReducedLayer, in place, with its keys. ValueError for other kinds of cache."""
+    """Make every layer of ``cache`` that holds keys a ReducedLayer, in place. ValueError for other kinds of cache."""
     while len(cache.layers) < num_layers:  # DynamicCache() without a config makes its layers as they are first used
         cache.layers.append(DynamicLayer())
     for index, old in enumerate(cache.layers):
-        if isinstance(old, ReducedLayer):
+        if isinstance(old, ReducedLayer) or type(old) is LinearAttentionLayer:
             continue
         # A window that has seen nothing yet may hold all keys instead: its mask then says what it sees.
         fresh_window = type(old) is DynamicSlidingWindowLayer and not old.is_initialized
-        if type(old) is not DynamicLayer and not fresh_window:
+        if not (type(old) is DynamicLayer or isinstance(old, BaseQuantizedLayer) or fresh_window):
             raise ValueError(
-                f"past_key_values: got a {type(old).__name__} for layer {index}; vistok reduces a DynamicCache without "
-                "filled sliding windows only, so leave cache_implementation unset"
+                f"past_key_values: got a {type(old).__name__} for layer {index}; vistok reduces a DynamicCache or a "
+                "QuantizedCache without filled sliding windows only: leave cache_implementation unset, or 'quantized'"
             )
-        new = ReducedLayer()
-        if old.is_initialized:
-            new.lazy_initialization(old.keys, old.values)
-            new.keys, new.values = old.keys, old.values
-        cache.layers[index] = new
-    return cache.layers
+        if fresh_window:
+            cache.layers[index] = ReducedLayer()
+            continue
+        old.__class__ = reduced_class(type(old))
+        old.begin()
+    return reduced_layers(cache)
 
 
 def past_mask(layer: ReducedLayer, mask: Tensor | None, batch: int, device: torch.device) -> Tensor:

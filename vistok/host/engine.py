@@ -17,13 +17,15 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from vistok.host.cache import ReducedLayer, adopt, reduced_layers
 from vistok.host.deepstack import DeepStack
+from vistok.host.dialogue import Dialogue
 from vistok.host.effort import Effort, Spending
 from vistok.host.hooks import Hooks
 from vistok.host.hosts import Host
-from vistok.host.keep import Keep
+from vistok.host.keep import Budget, Keep
+from vistok.host.layout import KINDS
 from vistok.host.llm import LayerView
 from vistok.host.log import Log
-from vistok.host.pictures import Group, group, locate
+from vistok.host.pictures import Group, Place, group, locate, ordered
 from vistok.host.prompt import Prompt, check_call, read_prompt
 from vistok.host.reducer import Reducer
 from vistok.host.rows import pack, places, take
@@ -38,16 +40,31 @@ Position = Literal["keep", "recompact"]
 class Engine:
     """The hooks of one session."""
 
-    def __init__(self, host: Host, methods: Sequence[Reducer], keep: Keep | Sequence[Keep], position: Position) -> None:
-        self.host, self.methods, self.position = host, methods, position
+    def __init__(
+        self,
+        host: Host,
+        methods: Sequence[Reducer],
+        keep: Keep | Sequence[Keep],
+        position: Position,
+        budget: Budget,
+        reselect: bool,
+    ) -> None:
+        self.host, self.methods, self.position, self.reselect = host, methods, position, reselect
+        if reselect and host.own_masks:
+            raise ValueError(
+                f"reselect: got True, but {host.name} is not supported: its masks depend on the kinds of the tokens of "
+                "earlier turns"
+            )
         for method in methods:
             host.check_needs(method)
         self.needs = [needs_of(method) for method in methods]
         self.probe = Probe(self.needs, len(host.blocks))
         self.log = Log(host, self.probe)
-        self.steps = Steps(host, methods, self.needs, keep, self.probe)
+        self.steps = Steps(host, methods, self.needs, keep, budget, self.probe)
         self.special = special_ids(host.model)
         self.prompt: Prompt | None = None
+        self.ids: Tensor | None = None
+        self.dialogue: Dialogue | None = None
         self.words: Tensor | None = None
         self.groups: list[Group] = []
         self.stages: set[int] = set()
@@ -78,6 +95,7 @@ class Engine:
 
     def _see_prompt(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.prompt = read_prompt(self.host, args, kwargs)
+        self.ids = args[0] if args else kwargs.get("input_ids")
 
     # The language model --------------------------------------------------------------------------------------------
 
@@ -87,10 +105,17 @@ class Engine:
         prompt, self.prompt = self.prompt, None
         self.forget()
         self.log.leaves_encoder()
+        since = 0
+        if prompt is not None and not bool(prompt.visual.any()):
+            prompt = None
+        if self.reselect:
+            prompt, kwargs, since = self._converse(prompt, kwargs)
         width = _embeds(kwargs).shape[1]
-        if prompt is not None and bool(prompt.visual.any()):
+        if prompt is not None:
             with self.log.time("select"):
-                kwargs = self._reduce(prompt, kwargs)
+                kwargs = self._reduce(prompt, kwargs, since)
+            if self.dialogue is not None:
+                self.dialogue.cache = kwargs.get("past_key_values")
             self.log.starts("prefill")
         else:
             kwargs = self._go_on(kwargs)
@@ -101,6 +126,28 @@ class Engine:
         if self.spending is not None:
             self.spending.begins(self.groups, width)
         return args, kwargs
+
+    def _converse(self, prompt: Prompt | None, kwargs: dict[str, Any]) -> tuple[Prompt | None, dict[str, Any], int]:
+        """With ``reselect``: the prompt to choose from at this forward, None for none; the language model's arguments
+        for it; and the column at which its question begins."""
+        if prompt is not None:
+            cache: Cache | None = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length():
+                raise ValueError(
+                    "pixel_values: with reselect=True all pictures must come with the first prompt of a cache; got "
+                    "pictures in a later turn"
+                )
+            self.dialogue = Dialogue(prompt, self.probe.run, kwargs)
+            return prompt, kwargs, 0
+        dialogue = self.dialogue
+        if dialogue is None or not dialogue.goes_on(kwargs):
+            return None, kwargs, 0
+        since = dialogue.embeds.shape[1]
+        dialogue.add(kwargs, self.ids)
+        if dialogue.embeds.shape[1] - since == 1:  # the next token of an answer
+            return None, kwargs, 0
+        self.probe.run = dialogue.run
+        return dialogue.prompt, dialogue.again(kwargs), since
 
     def _go_on(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A forward without pictures: say its mask and positions of the keys that the cache holds."""
@@ -125,12 +172,21 @@ class Engine:
             embeds.device,
         )
 
-    def _reduce(self, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The prefill of a prompt with pictures."""
+    def _places(self, prompt: Prompt) -> list[Place]:
+        runs = {} if self.probe.run is None else {run.kind: run for run in self.probe.run.all}
+        found = []
+        for kind in KINDS if prompt.videos is not None else KINDS[:1]:
+            visual = prompt.of(kind)
+            if prompt.videos is None or bool(visual.any()):
+                found.append(locate(visual, self.host.layouts(runs[kind], visual) if kind in runs else []))
+        return ordered(found)
+
+    def _reduce(self, prompt: Prompt, kwargs: dict[str, Any], since: int) -> dict[str, Any]:
+        """The prefill of a prompt with pictures, whose question begins after column ``since``."""
         embeds: Tensor = kwargs["inputs_embeds"]
-        run = self.probe.run
-        places_ = locate(prompt.visual, [] if run is None else self.host.layouts(run, prompt.visual))
-        groups = group(places_, embeds, any(method.one_at_a_time for method in self.methods))
+        places_ = self._places(prompt)
+        alone = any(method.one_at_a_time for method in self.methods)
+        groups = group(places_, self.steps.keeps(places_), embeds, alone)
         for one in groups:
             self.steps.plan(one)
         self.groups, self.stages = groups, self.steps.stages(groups)
@@ -139,6 +195,7 @@ class Engine:
         if self.steps.wants_text:
             valid = mask[:, -embeds.shape[1] :].bool() if mask is not None and mask.ndim == 2 else None
             self.words = outside(question_tokens(valid, prompt.visual, prompt.ids, self.special), places_)
+            self.words[:, :since] = False
 
         alive = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         reduced: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -150,7 +207,7 @@ class Engine:
                 alive[rows, one.columns] = True
                 reduced.append((rows, one.columns, values))
         self.log.sees(picture for one in groups for picture in self.steps.records(one))
-        if not reduced and not self.stages:
+        if not reduced and not self.stages and not self.reselect:
             return self._go_on(kwargs)
 
         kwargs = dict(kwargs)
@@ -260,8 +317,22 @@ class Engine:
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         for layer in self.armed:
             layer.armed = False
+        if self.stream is not None and self.stages:
+            self._cut(self.stream)
         self.log.ends(getattr(output, "past_key_values", None))
         self.forget()
+
+    def _cut(self, stream: Stream) -> None:
+        """Let go of the keys that methods with ``cache`` "survivors" dropped in later layers."""
+        firsts = [
+            layer
+            for turn, method in enumerate(self.methods)
+            for one in self.groups
+            for layer in one.schedules[turn].layers
+            if method.cache == "survivors" and layer in self.stages
+        ]
+        if firsts and stream.layers:
+            stream.cut(min(firsts))
 
     def forget(self) -> None:
         """Let go of what one forward needed."""
@@ -270,7 +341,7 @@ class Engine:
     def close(self) -> None:
         """Let go of everything but the log."""
         self.forget()
-        self.probe.run = self.prompt = self.words = None
+        self.probe.run = self.prompt = self.ids = self.words = self.dialogue = None
 
 
 def _embeds(kwargs: dict[str, Any]) -> Tensor:

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 
 class Hooks:
-    """Hooks on modules and shadowed methods, all taken out by ``remove`` (in any state, any number of times)."""
+    """Hooks on modules and shadowed methods, all taken out by ``remove`` (in any state, any number of times).
+
+    ``torch.compile`` leaves the hooks as they are and compiles what lies between them.
+    """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], Any]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """``hook(module, args, kwargs)`` runs before ``module``; it may return new (args, kwargs)."""
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._undo.append(module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True).remove)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
         """``hook(module, args, output)`` runs after ``module``; it may return a new output. ``always``: also when the
         module raised (the output is then None)."""
-        self._undo.append(module.register_forward_hook(hook, always_call=always).remove)
+        self._undo.append(module.register_forward_hook(torch.compiler.disable(hook), always_call=always).remove)
 
-    def watch(self, owner: Any, method: str, before: Callable[..., None]) -> None:
-        """Call ``before(*args, **kwargs)`` whenever ``owner.method(...)`` is called.
+    def watch(
+        self, owner: Any, method: str, before: Callable[..., None], after: Callable[[], None] = lambda: None
+    ) -> None:
+        """Call ``before(*args, **kwargs)`` whenever ``owner.method(...)`` is called, and ``after()`` when it is left.
 
         For what no module sees, such as the picture sizes given to ``get_image_features``. The method is shadowed on
         the instance; class and code stay as they are.
@@ -33,7 +39,10 @@ class Hooks:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             before(*args, **kwargs)
-            return call(*args, **kwargs)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                after()
 
         # generate() reads the signature of get_image_features to know which inputs it takes.
         watched.__wrapped__ = call  # type: ignore[attr-defined]

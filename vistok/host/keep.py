@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Literal
+
+import torch
+
+from vistok.core.allocate import split_budget
 
 Keep = int | float
+Budget = Literal["per_image", "shared"]
+"""Whether ``keep`` is of each picture, or of all pictures of a prompt together."""
 
 
 def check_keep(keep: Keep) -> Keep:
@@ -30,6 +37,19 @@ def count(keep: Keep, num_tokens: int) -> int:
             raise ValueError(f"keep: got {keep}, but the picture has only {num_tokens} visual tokens")
         return keep
     return max(1, math.floor(keep * num_tokens + 0.5))
+
+
+def share_out(keep: Keep, sizes: Sequence[int]) -> list[int]:
+    """Tokens left of each picture of ``sizes`` tokens, of ``keep`` for all of them: in proportion, at least 1 each."""
+    total = sum(sizes)
+    if isinstance(keep, int) and not len(sizes) <= keep <= total:
+        raise ValueError(
+            f"keep: got {keep} for all pictures of a prompt, must be between 1 for each of its {len(sizes)} pictures "
+            f"and their {total} visual tokens"
+        )
+    room = torch.tensor([sizes]) - 1
+    spare = max(0, count(keep, total) - len(sizes))
+    return (1 + split_budget(room.double(), spare, capacity=room)[0]).tolist()
 
 
 def counts(keep: Keep | Sequence[Keep], num_tokens: int, methods: int) -> list[int]:

@@ -1,12 +1,17 @@
-"""Where a picture's tokens come from (patches of the vision encoder) and where they stand (columns of the prompt)."""
+"""Where the tokens of a picture or video come from (patches of the vision encoder) and where they stand (columns of the
+prompt)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Kind = Literal["image", "video"]
+KINDS: tuple[Kind, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,17 @@ class Layout:
     parts: tuple[Part, ...]
     weights: Tensor | None = None
     """(N, g) share of each patch where a token is interpolated between patches, None where patches are concatenated."""
+    frames: int | None = None
+    """Of a video, whose ``parts`` they are; None for a picture."""
     _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
         return len(self.offsets)
+
+    @property
+    def kind(self) -> Kind:
+        return "image" if self.frames is None else "video"
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -77,3 +88,21 @@ def plain(height: int, width: int, merge: int = 1) -> Layout:
     n = height * width
     patches = torch.arange(n * merge).view(n, merge)
     return Layout(n, torch.arange(n), patches, n * merge, (Part((height, width), (0.0, 0.0, 1.0, 1.0)),))
+
+
+@lru_cache(maxsize=256)
+def video(frame: Layout, frames: int, ends: int = 0) -> Layout:
+    """``frames`` pictures of the layout ``frame`` in a row, and ``ends`` placeholders behind them that stay."""
+
+    def each(x: Tensor, step: int) -> Tensor:
+        return torch.cat([x + step * number for number in range(frames)])
+
+    return Layout(
+        frame.length * frames + ends,
+        each(frame.offsets, frame.length),
+        each(frame.patches, frame.num_patches),
+        frame.num_patches * frames,
+        frame.parts * frames,
+        None if frame.weights is None else frame.weights.repeat(frames, 1),
+        frames,
+    )

@@ -68,11 +68,15 @@ class LayerView:
     def _queries(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(G, H, Q, d) queries at ``columns`` (G, Q) of ``rows`` (G,)."""
         at = (rows[:, None], columns)
-        q = _heads(self.attention.q_proj(self.normed[at]), self.attention, "q_norm")
+        q = self.attention.q_proj(self.normed[at])
+        if q.shape[-1] == 2 * self.attention.o_proj.in_features:  # each head's query and, behind it, its gate (Qwen3.5)
+            q = q.unflatten(-1, (-1, 2, self.attention.head_dim))[..., 0, :].flatten(-2)
+        q = _heads(q, self.attention, "q_norm")
         cos, sin = (t.expand(len(self.normed), -1, -1)[at] for t in self.rotary)
         return _rotary(self.attention)(q, q, cos, sin)[0]
 
-    def _inputs(self, rows: Tensor, columns: Tensor) -> dict[str, Any]:
+    def inputs(self, rows: Tensor, columns: Tensor) -> dict[str, Any]:
+        """What ``attention_rows`` takes for the queries at ``columns`` (G, Q) of ``rows`` (G,)."""
         inputs = {"q": self._queries(rows, columns), "k": self.keys[rows], "scale": self.attention.scaling}
         if self.allowed is not None:
             return inputs | {"mask": self.allowed[rows[:, None], columns][:, None]}
@@ -105,7 +109,7 @@ class LayerView:
             at = visual[:, :, None].expand(-1, -1, self.new_keys.shape[-1])
             out["llm_keys"] = self.new_keys.mean(1)[rows].gather(1, at)
         if "llm_received" in needs:
-            received = attention_marginals(**self._inputs(rows, visual))[0]
+            received = attention_marginals(**self.inputs(rows, visual))[0]
             out["llm_received"] = received.gather(1, visual + self.past)
         how = needs.get("llm_importance")
         if isinstance(how, tuple):
@@ -119,7 +123,7 @@ class LayerView:
             else:
                 real = self.new_real[rows]
                 queries = real.shape[1] - 1 - real.flip(1).int().argmax(1, keepdim=True)
-            weights = attention_rows(**self._inputs(rows, queries))
+            weights = attention_rows(**self.inputs(rows, queries))
             at = (visual + self.past)[:, None, None].expand(*weights.shape[:3], -1)
             out["llm_attention"] = weights.gather(3, at)
         return out

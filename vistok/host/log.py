@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import BaseQuantizedLayer, Cache, LinearAttentionLayer
 
 from vistok.core import flops
 from vistok.host.hooks import Hooks
@@ -69,8 +69,9 @@ class Log:
 
     def watch(self, hooks: Hooks) -> None:
         def encodes(module: Any, args: Any, kwargs: Any) -> None:
-            self._clear()
-            self._vision = self._mark()
+            if self.probe.new_prompt(self.host.kind):
+                self._clear()
+                self._vision = self._mark()
 
         def encoded(module: Any, args: Any, output: Any) -> None:
             if self._vision is not None:  # the projector may be the encoder's last part or come after it
@@ -80,15 +81,18 @@ class Log:
             rows = args[0].shape[:-1].numel()
             self.flops[self._stage or "prefill"] += flops.linear(rows, *reversed(module.weight.shape))
 
-        hooks.before(self.host.tower, encodes)
-        hooks.after(self.host.tower, encoded)
+        for tower in self.host.towers:
+            hooks.before(tower, encodes)
+            hooks.after(tower, encoded)
         hooks.after(self.host.projector, encoded)
         hooks.before(self.host.head, reads)
 
     def leaves_encoder(self) -> None:
         """The encoder is through; what runs of it (the projector) from now on is selection."""
         if self._vision is not None and self.probe.run is not None:
-            self.flops["vision"] = self.host.vision_flops(self.probe.run)
+            self.flops["vision"] = sum(self.host.vision_flops(run) for run in self.probe.run.all)
+        if self.probe.run is not None:
+            self.probe.run.read = True
         self._vision = None
 
     # The language model ----------------------------------------------------------------------------------------------
@@ -104,18 +108,8 @@ class Log:
             self.flops[self._stage] += spent
             return
         cache = kwargs.get("past_key_values")
-        past = held(cache, number)
-        config = self.host.language_model.config
-        self.flops[self._stage] += hidden.shape[0] * flops.transformer_layer(
-            hidden.shape[1],
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            head_dim=layer.self_attn.head_dim,
-            kv_heads=config.num_key_value_heads,
-            gated=True,
-            keys=hidden.shape[1] + past,
-        )
+        batch, width = hidden.shape[:2]
+        self.flops[self._stage] += batch * self.host.layer_flops(layer, width, width + held(cache, number))
 
     def ends(self, cache: Cache | None) -> None:
         if self._start is not None:
@@ -124,7 +118,7 @@ class Log:
         self.kv_bytes = sum(
             t.numel() * t.element_size()
             for layer in (cache.layers if cache is not None else ())
-            for t in (layer.keys, layer.values)
+            for t in _tensors(layer)
             if t is not None
         )
 
@@ -149,10 +143,35 @@ class Log:
 
 def held(cache: Cache | None, layer: int) -> int:
     """Keys that a layer holds."""
-    if cache is None or layer >= len(cache.layers) or cache.layers[layer].keys is None:
+    if cache is None or layer >= len(cache.layers):
         return 0
-    keys = cache.layers[layer].keys
-    return keys.shape[-2] if keys.numel() else 0
+    if isinstance(quantized := cache.layers[layer], BaseQuantizedLayer):
+        return quantized.cumulative_length
+    keys = getattr(cache.layers[layer], "keys", None)
+    return keys.shape[-2] if keys is not None and keys.numel() else 0
+
+
+def _tensors(layer: Any) -> list[Tensor | None]:
+    """What a layer of a cache holds: keys and values, quantized or not, or the states of linear attention."""
+    if isinstance(layer, LinearAttentionLayer):
+        return [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    quantized = []
+    if isinstance(layer, BaseQuantizedLayer):
+        quantized = [*stored(layer._quantized_keys), *stored(layer._quantized_values)]
+    return [layer.keys, layer.values, *quantized]
+
+
+def stored(value: Any) -> Iterator[Tensor]:
+    """The plain tensors that make up a quantized one, in whichever way its backend keeps it."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from stored(part)
+    elif isinstance(value, Mapping):
+        yield from stored(list(value.values()))
+    elif isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        yield from stored([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def _between(start: Mark, end: Mark) -> float:

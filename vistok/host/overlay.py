@@ -20,14 +20,21 @@ TINT = 0.4
 """Share of a merged token's colour."""
 
 
-def overlay(image: Image.Image, picture: Picture, fit: Literal["stretch", "crop"]) -> Image.Image:
+def overlay(
+    image: Image.Image, picture: Picture, fit: Literal["stretch", "crop"], frame: int | None = None
+) -> Image.Image:
     """See ``Session.overlay``. RGB, the size of ``image``."""
     if fit not in ("stretch", "crop"):
         raise ValueError(f"fit: got {fit!r}, must be 'stretch' or 'crop'")
+    frames = picture.frames
+    if frames is None and frame is not None:
+        raise ValueError(f"frame: got {frame}, but it is a picture and no video")
+    if frames is not None and (frame is None or not 0 <= frame < frames):
+        raise ValueError(f"frame: got {frame}, must be 0..{frames - 1}: which frame of the video the image shows")
     image = image.convert("RGB")
     width, height = image.size
     side = min(width, height)
-    frame = ((width - side) // 2, (height - side) // 2, side, side) if fit == "crop" else (0, 0, width, height)
+    shown = ((width - side) // 2, (height - side) // 2, side, side) if fit == "crop" else (0, 0, width, height)
     pixels = np.asarray(image, dtype=np.float32)
     light = np.full((height, width), DARK, np.float32)
     colour = np.zeros((height, width, 3), np.float32)
@@ -40,10 +47,12 @@ def overlay(image: Image.Image, picture: Picture, fit: Literal["stretch", "crop"
     for number, (grid, box) in enumerate(parts):
         slots = source[first : first + grid[0] * grid[1]].reshape(grid)
         first += grid[0] * grid[1]
-        rows, columns = _pixels(box[1], box[3], frame[1], frame[3]), _pixels(box[0], box[2], frame[0], frame[2])
+        if frame not in (None, number):
+            continue
+        rows, columns = _pixels(box[1], box[3], shown[1], shown[3]), _pixels(box[0], box[2], shown[0], shown[2])
         cells = slots[_cells(rows, grid[0])[:, None], _cells(columns, grid[1])]
         region = np.ix_(rows, columns)
-        full = DIM if len(parts) > 1 and number == 0 else 1.0
+        full = DIM if frames is None and len(parts) > 1 and number == 0 else 1.0
         light[region] = np.maximum(light[region], np.where(cells >= 0, full, DARK))
         merged = (cells >= 0) & (sizes[np.maximum(cells, 0)] > 1)
         if full == 1.0:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vistok.host.keep import Keep
 from vistok.host.layout import Layout
 from vistok.host.reducer import Evidence, Schedule
 
 
 @dataclass
 class Picture:
-    """What a session knows of one picture of the last prompt with pictures."""
+    """What a session knows of one picture, or video, of the last prompt with any."""
 
     row: int
     """Its row of the batch, before beams or samples multiplied the rows."""
@@ -26,7 +27,8 @@ class Picture:
     tokens_kept: int
     """Tokens that the language model was given."""
     keep: Tensor
-    """(tokens_kept,) int64 ascending: which of the tokens_in stayed; a picture in crops is counted crop by crop."""
+    """(tokens_kept,) int64 ascending: which of the tokens_in stayed; a picture in crops is counted crop by crop, a
+    video frame by frame."""
     source: Tensor
     """(tokens_in,) int64: the slot (0..tokens_kept-1) each token ended in, -1 where it was dropped."""
     layers: dict[int, int] = field(default_factory=dict)
@@ -41,6 +43,11 @@ class Picture:
     @property
     def crops(self) -> tuple[tuple[int, int], ...]:
         return self.layout.crops
+
+    @property
+    def frames(self) -> int | None:
+        """Of a video, as its encoder saw them (Qwen: two of the film in one); None for a picture."""
+        return self.layout.frames
 
     def mean_tokens(self, num_layers: int) -> float:
         """Tokens averaged over the decoder's layers."""
@@ -58,6 +65,7 @@ class Picture:
             "tokens_kept": self.tokens_kept,
             "grid": self.grid,
             "crops": [list(c) for c in self.crops],
+            "frames": self.frames,
             "layers": self.layers,
             "keep": self.keep.tolist(),
             "source": self.source.tolist(),
@@ -109,6 +117,8 @@ class Group:
     end: Tensor
     """(G,) int64: the picture's last column."""
     places: list[Place]
+    keep: Keep | tuple[Keep, ...]
+    """What is to stay of each picture; a tuple: after each method."""
     evidence: Evidence
     positions: Tensor
     """(G, N) int64: which of the picture's tokens are left."""
@@ -151,14 +161,29 @@ def locate(visual: Tensor, layouts: list[Layout]) -> list[Place]:
     return places
 
 
-def group(places: list[Place], embeds: Tensor, one_at_a_time: bool) -> list[Group]:
-    """Batch the pictures of equal layout; ``embeds`` (B, T, D) gives their features."""
+def ordered(kinds: Sequence[list[Place]]) -> list[Place]:
+    """Pictures and videos of one prompt by row and column, numbered in each row."""
+    if len(kinds) == 1:
+        return kinds[0]
+    places = sorted((p for places in kinds for p in places), key=lambda p: (p.row, int(p.columns[0])))
+    count: dict[int, int] = {}
+    for place in places:
+        place.index = count.get(place.row, 0)
+        count[place.row] = place.index + 1
+    return places
+
+
+def group(
+    places: Sequence[Place], keeps: Sequence[Keep | tuple[Keep, ...]], embeds: Tensor, one_at_a_time: bool
+) -> list[Group]:
+    """Batch the pictures of equal layout of which as much is to stay (``keeps``, one a place); ``embeds`` (B, T, D)
+    gives their features."""
     device = embeds.device
     batches: dict[Any, list[Place]] = {}
-    for number, place in enumerate(places):
-        batches.setdefault(number if one_at_a_time else id(place.layout), []).append(place)
+    for number, (place, keep) in enumerate(zip(places, keeps, strict=True)):
+        batches.setdefault((number if one_at_a_time else id(place.layout), keep), []).append(place)
     groups = []
-    for members in batches.values():
+    for (_, keep), members in batches.items():
         layout = members[0].layout
         rows = torch.tensor([p.row for p in members], device=device)
         spans = torch.stack([p.columns for p in members]).to(device)
@@ -173,8 +198,14 @@ def group(places: list[Place], embeds: Tensor, one_at_a_time: bool) -> list[Grou
                 columns=columns,
                 end=spans[:, -1],
                 places=members,
+                keep=keep,
                 evidence=Evidence(
-                    features=features, grid=layout.grid, crops=layout.crops, boxes=layout.boxes, index=positions
+                    features=features,
+                    grid=layout.grid,
+                    crops=layout.crops,
+                    boxes=layout.boxes,
+                    frames=layout.frames,
+                    index=positions,
                 ),
                 positions=positions,
                 source=positions,

@@ -89,6 +89,8 @@ class Evidence:
     boxes: tuple[tuple[float, float, float, float] | None, ...] = ()
     """What each of ``crops`` shows of the picture: (x0, y0, x1, y1) in 0..1, or None where the model does not tell."""
     frames: int | None = None
+    """Of a video, None for a picture. Each frame is one of ``crops``, none of which is a thumbnail; of a single frame
+    there is the ``grid``."""
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +110,7 @@ class Evidence:
             return value[:, :, part] if name == "encoder_attention" else value
 
         given = {n: cut(n, v) for n in _TOKEN_AXES if (v := getattr(self, n)) is not None}
-        return replace(self, **given, grid=self.crops[index], crops=(), boxes=())
+        return replace(self, **given, grid=self.crops[index], crops=(), boxes=(), frames=None)
 
     def take(self, keep: Tensor) -> Evidence:
         """The evidence of the tokens ``keep`` (B, K) int64 of each picture; they no longer form a grid."""
@@ -214,11 +216,14 @@ class Reducer:
     * ``needs``: evidence fields it reads besides ``features``, each with the encoder layer it wants them from.
     * ``space``: "projected" if its tokens are rows of ``features``, "encoder" if they are rows of ``encoder_features``.
     * ``whole_picture``: True if it wants a picture that was cut into crops in one piece (``evidence.crops``); otherwise
-      each crop is reduced by itself with its share of ``keep``.
+      each crop is reduced by itself with its share of ``keep``. The frames of a video are its crops.
+    * ``thumbnail``: True if it takes the first crop for a thumbnail; it then gets a video frame by frame in any case.
     * ``one_at_a_time``: True if how many tokens it keeps depends on the picture. The host then shows it one picture at
       a time (B = 1) and takes whatever K it returns.
     * ``position``: "recompact" if the tokens that stay are to close the gaps in their positions, as the method's paper
       has it; ``vistok.apply(position=...)`` overrules it.
+    * ``cache``: "survivors" if, once the prompt is read, the layers from its first stage inside the language model on
+      are to keep the keys of those tokens only that its last stage left; "seen": each layer keeps what it saw.
 
     A method with stages inside the language model also overrides ``schedule`` and ``at_layer``, and names what it needs
     there in ``layer_needs`` ({"llm_attention": "text"}, {"llm_received": None}, ...).
@@ -226,8 +231,10 @@ class Reducer:
 
     space: ClassVar[Literal["projected", "encoder"]] = "projected"
     whole_picture: ClassVar[bool] = False
+    thumbnail: ClassVar[bool] = False
     one_at_a_time: ClassVar[bool] = False
     position: ClassVar[Literal["keep", "recompact"]] = "keep"
+    cache: ClassVar[Literal["seen", "survivors"]] = "seen"
 
     @property
     def needs(self) -> Mapping[str, LayerSpec]:
@@ -284,7 +291,7 @@ class Reducer:
         if keep == n:
             values = evidence.encoder_features if self.space == "encoder" else evidence.features
             return Reduction.select(values, torch.arange(n, device=values.device).expand(len(values), n))
-        if evidence.crops and not self.whole_picture:
+        if evidence.crops and (not self.whole_picture or (self.thumbnail and evidence.frames is not None)):
             return self._by_crop(evidence, keep)
         return self.compress(evidence, keep)
 

@@ -13,7 +13,7 @@ from torch import nn
 from vistok.host.engine import Engine, Position
 from vistok.host.hooks import Hooks
 from vistok.host.hosts import host_of
-from vistok.host.keep import Keep, check_keep
+from vistok.host.keep import Budget, Keep, check_keep
 from vistok.host.overlay import overlay
 from vistok.host.pictures import Picture
 from vistok.host.reducer import Reducer
@@ -32,12 +32,18 @@ class Session:
     """
 
     def __init__(
-        self, model: nn.Module, methods: Sequence[Reducer], keep: Keep | Sequence[Keep], position: Position
+        self,
+        model: nn.Module,
+        methods: Sequence[Reducer],
+        keep: Keep | Sequence[Keep],
+        position: Position,
+        budget: Budget = "per_image",
+        reselect: bool = False,
     ) -> None:
         self.model = model
         self.methods = tuple(methods)
         self._host = host_of(model)
-        self._engine = Engine(self._host, self.methods, keep, position)
+        self._engine = Engine(self._host, self.methods, keep, position, budget, reselect)
         self._log = self._engine.log
         self._hooks = Hooks()
 
@@ -94,15 +100,22 @@ class Session:
         on the prompt; and on the tokens after it."""
         return self._log.milliseconds
 
-    def overlay(self, image: Image.Image, picture: int = 0, fit: Literal["stretch", "crop"] = "stretch") -> Image.Image:
+    def overlay(
+        self,
+        image: Image.Image,
+        picture: int = 0,
+        fit: Literal["stretch", "crop"] = "stretch",
+        frame: int | None = None,
+    ) -> Image.Image:
         """``image`` with the places of dropped tokens darkened and those of merged ones tinted, one tint for each.
 
         ``picture``: which of ``pictures`` it is. ``fit``: how the model's processor brought it to a square, by
-        "stretch" (also right for pictures in crops and for dynamic resolution) or by centre "crop".
+        "stretch" (also right for pictures in crops and for dynamic resolution) or by centre "crop". ``frame``: for a
+        video, which of its frames (``Picture.frames``) ``image`` is.
         """
         if not 0 <= picture < len(self.pictures):
             raise ValueError(f"picture: got {picture}, the last prompt had {len(self.pictures)} pictures")
-        return overlay(image, self.pictures[picture], fit)
+        return overlay(image, self.pictures[picture], fit, frame)
 
     def report(self) -> dict[str, Any]:
         """All of it as plain numbers, strings and lists."""
@@ -125,6 +138,8 @@ def apply(
     keep: Keep | Sequence[Keep] | None = None,
     *,
     position: Position | None = None,
+    budget: Budget = "per_image",
+    reselect: bool = False,
     **hyper: Any,
 ) -> Session:
     """Put a token reducer into a vision-language model of ``transformers``, for the length of a ``with``.
@@ -140,10 +155,18 @@ def apply(
     equal shares of what they are given; or a list with one ``keep`` for each method. ``position``: "keep" leaves the
     tokens that stay at their original positions, "recompact" closes the gaps; None: as the method says, which is "keep"
     unless its paper closes them. A method that keeps the tokens and spends less on each (yopo) has no use for either.
-    ``hyper``: hyper-parameters of a method given by name.
+    ``budget``: "per_image" takes ``keep`` of each picture; "shared" takes it of all pictures of a prompt together and
+    splits it in proportion to their tokens. ``reselect``: a later turn on the same cache, of more than one token and
+    without pictures, chooses again from all tokens of the pictures, for the new question: what the language model was
+    given is kept on the side and read once more, the vision encoder does not run again. Without it the choice of the
+    first turn stays. ``hyper``: hyper-parameters of a method given by name.
 
-    Logits and hidden states of a prompt are those of the tokens that are left. ``labels``, videos and models spread
-    over several devices are not supported. A cache that was filled inside goes on working outside where no row is
+    A video (``pixel_values_videos``; Qwen-VL, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA) counts as one picture:
+    ``keep`` is of all its tokens, which lie frame after frame. A method that does not ask for whole pictures reduces
+    each frame by itself with its share of ``keep``; others see all frames at once.
+
+    Logits and hidden states of a prompt are those of the tokens that are left. ``labels`` and models spread over
+    several devices are not supported. A cache that was filled inside goes on working outside where no row is
     padded and all layers hold the same tokens, and raises RuntimeError elsewhere; inside a later ``with`` it always
     works.
 
@@ -167,6 +190,8 @@ def apply(
         keep = check_keep(keep)
     if position not in ("keep", "recompact", None):
         raise ValueError(f"position: got {position!r}, must be 'keep', 'recompact' or None")
+    if budget not in ("per_image", "shared"):
+        raise ValueError(f"budget: got {budget!r}, must be 'per_image' or 'shared'")
     if hyper and (len(methods) > 1 or not isinstance(methods[0], str)):
         raise ValueError(
             f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the Reducer"
@@ -174,7 +199,7 @@ def apply(
     reducers = [_reducer(m, hyper) for m in methods]
     if position is None:
         position = "recompact" if any(reducer.position == "recompact" for reducer in reducers) else "keep"
-    return Session(model, reducers, keep, position)
+    return Session(model, reducers, keep, position, budget, reselect)
 
 
 def _reducer(method: Method, hyper: dict[str, Any]) -> Reducer:

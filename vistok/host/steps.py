@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vistok.host.effort import Effort
 from vistok.host.hosts import Host
-from vistok.host.keep import Keep, counts
-from vistok.host.pictures import Aside, Group, Picture
+from vistok.host.keep import Budget, Keep, counts, share_out
+from vistok.host.pictures import Aside, Group, Picture, Place
 from vistok.host.reducer import LayerSpec, Reducer, Reduction, Schedule
 from vistok.host.rows import places
 from vistok.host.text import question_fields
@@ -30,27 +30,46 @@ class Steps:
         methods: Sequence[Reducer],
         needs: Sequence[Mapping[str, LayerSpec]],
         keep: Keep | Sequence[Keep],
+        budget: Budget,
         probe: Probe,
     ) -> None:
         self.host, self.methods, self.needs, self.keep, self.probe = host, methods, needs, keep, probe
+        self.budget = budget
         asked = {name for need in self.needs for name in need}
         self.wants_text = not asked.isdisjoint(TEXT_FIELDS) or any("text" in m.layer_needs.values() for m in methods)
+
+    def keeps(self, places: Sequence[Place]) -> list[Keep | tuple[Keep, ...]]:
+        """What is to stay of each picture: ``keep``, or its part of what ``keep`` leaves of all pictures of its row."""
+        if self.budget == "per_image":
+            whole = self.keep if isinstance(self.keep, (int, float)) else tuple(self.keep)
+            return [whole] * len(places)
+        sizes: dict[int, list[int]] = {}
+        for place in places:
+            sizes.setdefault(place.row, []).append(place.layout.num_tokens)
+        each = self.keep if isinstance(self.keep, Sequence) else [self.keep]
+        parts = {row: list(zip(*(share_out(keep, mine) for keep in each), strict=True)) for row, mine in sizes.items()}
+        mine = [parts[place.row][place.index] for place in places]
+        return [part if isinstance(self.keep, Sequence) else part[0] for part in mine]
 
     def plan(self, group: Group) -> None:
         """Fix how many tokens stay where, for each method."""
         depth, left = len(self.host.layers), group.count
-        for method, keep in zip(self.methods, self._keeps(group.count), strict=True):
+        for method, keep in zip(self.methods, self._keeps(group), strict=True):
             schedule = method.schedule(left, min(keep, left), depth)
             _check_schedule(method, schedule, left, depth, len(self.methods))
+            for layer, count in schedule.layers.items():
+                if count < schedule.input:
+                    self.host.check_stage(method, layer)
             group.schedules.append(schedule)
             left = schedule.input
 
-    def _keeps(self, num_tokens: int) -> list[int]:
+    def _keeps(self, group: Group) -> list[int]:
         """Tokens left after each method; of a single ``keep`` those that drop by themselves (Effort) take no share."""
+        keep, num_tokens = group.keep, group.count
         drops = [not isinstance(method, Effort) for method in self.methods]
-        if isinstance(self.keep, Sequence) or all(drops):
-            return counts(self.keep, num_tokens, len(self.methods))
-        left = iter(counts(self.keep, num_tokens, max(1, sum(drops))))
+        if isinstance(keep, Sequence) or all(drops):
+            return counts(keep, num_tokens, len(self.methods))
+        left = iter(counts(keep, num_tokens, max(1, sum(drops))))
         return [next(left) if drop else num_tokens for drop in drops]
 
     def stages(self, groups: list[Group]) -> set[int]:

@@ -77,7 +77,7 @@ class Stream:
         """The keys (B, Hk, P, d) that ``layer`` holds from earlier calls and which of them are real (B, P), if any."""
         if not self.layers or not self.layers[layer].held:
             return None
-        return self.layers[layer].keys, self.past_real(layer)
+        return self.layers[layer].held_keys, self.past_real(layer)
 
     def narrow(self, index: Tensor, layer: int = 0) -> None:
         """From decoder layer ``layer`` on, only the columns ``index`` (B, T') of the sequence as it is now go on (-1 is
@@ -115,6 +115,20 @@ class Stream:
             kept.padded = kept.padded or new_padding
             kept.stage = (*stage, self.narrowings)
             kept.shift = shifted[stage]
+
+    def cut(self, first: int) -> None:
+        """Once the prompt is read: let go of the keys in decoder layers ``first`` and later that the last layer does
+        not hold. Quantized ones stay."""
+        last = self.layers[-1]
+        columns = last.all_columns(self.batch, self.device)
+        survives = torch.zeros(self.batch, last.seen + 1, dtype=torch.bool, device=self.device)
+        survives = survives.scatter(1, torch.where(columns < 0, last.seen, columns), True)[:, : last.seen]
+        for layer in self.layers[first:-1]:
+            if type(layer) is ReducedLayer:
+                layer.keep_columns(survives)
+                same = torch.equal(layer.all_columns(self.batch, self.device), columns)
+                alike = same and layer.shift is last.shift is None
+                layer.stage = last.stage if alike else (*layer.stage, self.narrowings + 1)
 
     # Positions ----------------------------------------------------------------------------------------------------
 
@@ -155,7 +169,7 @@ class Stream:
                 inputs_embeds=hidden,
                 attention_mask=self._padding(layer),
                 past_key_values=self.cache,
-                layer_idx=layer,
+                layer_idx=self.number(layer),
             )
             if self.recompact or any(shift is not None for _, _, shift in self._before):
                 rotary = self.language_model.rotary_emb(hidden, self._positions(layer))
@@ -163,6 +177,10 @@ class Stream:
                 rotary = tuple(take(t, self._local) for t in given["position_embeddings"])
             self._now[key] = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         return given | self._now[key]
+
+    def number(self, layer: int) -> int:
+        """Which layer of the decoder ``layers[layer]`` is."""
+        return layer
 
     def _key(self, layer: int) -> tuple[int, tuple[int, ...]]:
         return self.narrowings, self.layers[layer].stage if self.layers else ()

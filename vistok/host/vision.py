@@ -18,7 +18,7 @@ from torch import Tensor
 from vistok.core.attention import attention_marginals, attention_rows, class_row
 from vistok.core.tensors import upcast
 from vistok.host.hooks import Hooks
-from vistok.host.layout import Layout
+from vistok.host.layout import Kind, Layout
 from vistok.host.reducer import LayerSpec
 from vistok.host.taps import Queries, Tap
 
@@ -55,6 +55,8 @@ def layers_of(spec: LayerSpec, depth: int) -> list[int]:
 class VisionRun:
     """What was seen of one run of the vision encoder."""
 
+    kind: Kind = "image"
+    """Whether it ran on the pictures of a prompt or on its videos."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """What the adapter watched of the call: ``grid_thw``, ``image_sizes``, ..."""
     fields: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -68,6 +70,15 @@ class VisionRun:
     """Rows that the projector was given (tokens or patches)."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
     """(sequences, tokens) that each encoder layer attended over, one entry a group of equal length and layer."""
+    before: VisionRun | None = None
+    """The run for the same prompt on what is of the other kind."""
+    read: bool = False
+    """Whether the language model has begun on the prompt."""
+
+    @property
+    def all(self) -> list[VisionRun]:
+        """The runs for the prompt."""
+        return [self] if self.before is None else [self.before, self]
 
 
 def measure(name: str, x: Queries) -> Tensor:
@@ -120,7 +131,8 @@ class Encoder(Protocol):
 
 
 class Probe:
-    """Hooks the encoder layers that the methods need; ``run`` is what the last run of the encoder showed."""
+    """Hooks the encoder layers that the methods need; ``run`` is what the encoder's last run showed, and the one before
+    it if that was for the same prompt."""
 
     def __init__(self, needs: Iterable[Mapping[str, LayerSpec]], depth: int) -> None:
         self.asked: set[str] = set()
@@ -133,6 +145,17 @@ class Probe:
                         self.wanted.setdefault(layer, set()).add(name)
         self.depth = depth
         self.run: VisionRun | None = None
+
+    def new_prompt(self, kind: Kind) -> bool:
+        """Whether a run on ``kind`` that is about to begin is for another prompt than ``run``."""
+        last = self.run
+        return last is None or last.read or any(run.kind == kind for run in last.all)
+
+    def begin(self, run: VisionRun) -> VisionRun:
+        """Have ``run`` filled by what the encoder shows from now on."""
+        run.before = None if self.new_prompt(run.kind) else self.run
+        self.run = run
+        return run
 
     def install(self, hooks: Hooks, encoder: Encoder) -> None:
         for layer, names in sorted(self.wanted.items()):
@@ -155,7 +178,7 @@ class Probe:
     def evidence(self, needs: Mapping[str, LayerSpec], layout: Layout, first: Tensor) -> dict[str, Any]:
         """The fields of ``needs`` that come from the encoder, for B pictures of one layout whose patches begin at
         ``first`` (B,) int64, per token of the language model."""
-        run = self.run
+        run = next((run for run in (self.run.all if self.run is not None else []) if run.kind == layout.kind), None)
         if run is None:
             return {}
         out: dict[str, Any] = {}

@@ -49,6 +49,10 @@ class Wrapper(Reducer):
         return self.base.whole_picture
 
     @property
+    def thumbnail(self) -> bool:  # type: ignore[override]
+        return self.base.thumbnail
+
+    @property
     def one_at_a_time(self) -> bool:  # type: ignore[override]
         return self.base.one_at_a_time
 

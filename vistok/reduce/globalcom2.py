@@ -73,6 +73,7 @@ class GlobalCom2(Reducer):
     """"authors": rounded down, equal regions, released order (fewer than ``keep`` tokens)."""
 
     whole_picture: ClassVar[bool] = True
+    thumbnail: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

@@ -65,6 +65,7 @@ class HiRED(Reducer):
     """"authors": regions are runs of the raster sequence, and remainders are lost (fewer than ``keep`` tokens)."""
 
     whole_picture: ClassVar[bool] = True
+    thumbnail: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -3,8 +3,9 @@
 What: filters in a row. *Encoding*: windows of 3 x 3 patches that are alike after the encoder's first layer become one
 token each, their mean; of what is left, the 8% that the class token attends to most are the key set, which no later
 filter touches. *Prefill*: a token goes if both its share of the text's attention and the largest attention that a
-single text token pays to it are small. Source: Liu et al., arXiv 2411.10803, liuting20/MustDrop. Where: encoder
-output, before the projector; then four decoder layers in the first half of the depth.
+single text token pays to it are small. *Decoding*: once the prompt is read, the cache of the layers from the first
+filter on is cut down to the tokens that passed the last. Source: Liu et al., arXiv 2411.10803, liuting20/MustDrop.
+Where: encoder output, before the projector; then four decoder layers in the first half of the depth; the cache.
 
 ``keep`` is the mean over the decoder's layers, a geometric fall to an eighth over the five stages (the authors publish
 thresholds, not counts; an eighth of the first stage has room for the key set). Windows merge, most alike first, until
@@ -18,9 +19,7 @@ Departures: windows are chosen after layer 0 but merged at the encoder's output,
 faster and a merged token attends as its patches did (the host cannot run the later layers on fewer tokens). A decoder
 stage acts before its layer, on that layer's attention (released: after it), and its queries are the question's tokens
 (released: all that follow the picture). Merged tokens stand at the middles of their windows; the released code puts
-them in front, most alike first: ``parity="authors"``, where the values stand in that order on ascending places. The
-decoding stage, which cuts the cache of the layers between the first and the last filter down to the final survivors
-once the prompt is read, is left out: a cache holds for each layer what the layer saw.
+them in front, most alike first: ``parity="authors"``, where the values stand in that order on ascending places.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from vistok.host.reducer import Evidence, LayerNeed, LayerSpec, Reducer, Reducti
 CARD = Card(
     title="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model (MustDrop)",
     kind="training-free",
-    site="encoder output, before the projector; decoder layers at 1/16, 3/16, 5/16 and 7/16 of the depth",
+    site="encoder output, before the projector; decoder layers at 1/16, 3/16, 5/16 and 7/16 of the depth; cache",
     paper="Liu et al., 2024, arXiv 2411.10803",
     repository="liuting20/MustDrop",
     mechanism=("similarity", "attention", "query"),
@@ -64,7 +63,6 @@ CARD = Card(
         "windows are merged at the encoder's output, not after its first layer",
         "decoder stages act before their layers, and only the question's tokens are queries",
         "merged tokens stand at the middles of their windows, not in front",
-        "the cache of layers between the filters is not cut down to the final survivors",
     ),
 )
 
@@ -98,6 +96,7 @@ class MustDrop(Reducer):
 
     space: ClassVar[Literal["projected", "encoder"]] = "encoder"
     whole_picture: ClassVar[bool] = True
+    cache: ClassVar[Literal["seen", "survivors"]] = "survivors"
 
     def __post_init__(self) -> None:
         if self.window < 1:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import DynamicCache
 
+from vistok.host.diffusion import Denoised, DiffusionDecoder, LayerSkip, Prune
 from vistok.world import Question
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ def ask(
     batch_size: int = 32,
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """Greedy answers, one a (picture, question) pair, stripped of special tokens and outer white space."""
+    """Greedy answers, one a (picture, question) pair, stripped of special tokens and outer white space.
+
+    A masked-diffusion model fills a token of its answer a step.
+    """
+    if is_diffusion(model):
+        return denoise(model, processor, pictures, questions, batch_size=batch_size, cache=True)[0]
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         rows = slice(start, start + batch_size)
@@ -53,6 +60,90 @@ def ask(
         new = made[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers
+
+
+@torch.inference_mode()
+def ask_again(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: Sequence[Image.Image],
+    turns: Sequence[tuple[str, str, str]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Greedy answers to the last of each ``turns`` (question, its answer, second question) about one of ``pictures``.
+
+    The first question is read with the picture, and then its answer and the second one on the same cache.
+    """
+    answers: list[str] = []
+    for start in range(0, len(turns), batch_size):
+        rows = turns[start : start + batch_size]
+        inputs = encode(processor, pictures[start : start + batch_size], [turn[0] for turn in rows]).to(model.device)
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        later = processor.tokenizer(
+            [_second_turn(processor, *turn) for turn in rows],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        both = {name: torch.cat([inputs[name], later[name]], 1) for name in ("input_ids", "attention_mask")}
+        made = model.generate(**both, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        new = made[:, both["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return answers
+
+
+def _second_turn(processor: ProcessorMixin, question: str, answer: str, again: str) -> str:
+    """What the processor's template writes after ``prompt(processor, question)``."""
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        {"role": "user", "content": [{"type": "text", "text": again}]},
+    ]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)[len(prompt(processor, question)) :]
+
+
+def is_diffusion(model: PreTrainedModel) -> bool:
+    """Whether the model's language head is a masked-diffusion one: its configuration names a mask."""
+    return getattr(model.config, "mask_token_id", None) is not None
+
+
+def denoise(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: Sequence[Image.Image],
+    questions: Sequence[str],
+    *,
+    steps: int | None = None,
+    prune: Prune | None = None,
+    skip: LayerSkip | None = None,
+    batch_size: int = 32,
+    cache: bool = False,
+    trace: bool = False,
+) -> tuple[list[str], list[Denoised]]:
+    """Answers of a masked-diffusion model, one a (picture, question) pair, and what became of each batch.
+
+    ``steps``: by default as many as an answer has tokens; the rest as in ``DiffusionDecoder``.
+    """
+    decoder = DiffusionDecoder(model, model.config.answer_length if steps is None else steps, cache=cache)
+    answers: list[str] = []
+    runs: list[Denoised] = []
+    for start in range(0, len(questions), batch_size):
+        rows = slice(start, start + batch_size)
+        inputs = encode(processor, pictures[rows], questions[rows]).to(model.device)
+        runs.append(decoder.run(inputs, prune, skip, trace=trace))
+        answers += spoken(processor, runs[-1].ids)
+    return answers, runs
+
+
+def spoken(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
+    """What the answers ``ids`` (B, A) say, up to their first end token."""
+    tokenizer = processor.tokenizer
+    ended = (ids == tokenizer.eos_token_id).cumsum(1) > 0
+    texts = processor.batch_decode(ids.masked_fill(ended, tokenizer.pad_token_id), skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def is_right(question: Question, answer: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vistok.host import apply
+from vistok.reduce.dmllm_redundancy import StepPrune
 from vistok.world import TASKS, Picture, sample
 
-from .asking import ask, is_right
+from .asking import ask, denoise, is_diffusion, is_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -62,13 +64,25 @@ class Score:
 
 
 def evaluate(
-    model: PreTrainedModel, processor: ProcessorMixin, pictures: Iterable[Picture], *, blind: bool = False
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: Iterable[Picture],
+    *,
+    blind: bool = False,
+    keep: float = 1.0,
 ) -> dict[tuple[str, str], Score]:
-    """Scores by (task, question family). ``blind``: the model gets an even grey in place of every picture."""
+    """Scores by (task, question family). ``blind``: the model gets an even grey in place of every picture. ``keep``: a
+    random share of the visual tokens."""
     asked = [(picture, question) for picture in pictures for question in picture.questions]
     grey = Image.new("RGB", (112, 112), (128, 128, 128))
     shown = {id(picture): grey if blind else picture.pil() for picture, _ in asked}
-    answers = ask(model, processor, [shown[id(p)] for p, _ in asked], [q.text for _, q in asked], batch_size=64)
+    images, questions = [shown[id(p)] for p, _ in asked], [q.text for _, q in asked]
+    if is_diffusion(model):
+        prune = None if keep == 1 else StepPrune("random", keep, start_frac=0.0)
+        answers, _ = denoise(model, processor, images, questions, prune=prune, batch_size=64, cache=True)
+    else:
+        with nullcontext() if keep == 1 else apply(model, "random", keep=keep):
+            answers = ask(model, processor, images, questions, batch_size=64)
     counts: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for (picture, question), answer in zip(asked, answers, strict=True):
         counts[picture.task, question.family].append(is_right(question, answer))
@@ -91,8 +105,7 @@ def write_model_card(
     held_out = [p for task in TASKS for p in sample(task, pictures, seed=1, size=recipe.image_size, split="test")]
     seen = evaluate(model, processor, held_out)
     blind = evaluate(model, processor, held_out, blind=True)
-    with apply(model, "random", keep=0.1):
-        few = evaluate(model, processor, held_out)
+    few = evaluate(model, processor, held_out, keep=0.1)
     lines = [
         _line(task, family, score, blind[task, family], few[task, family]) for (task, family), score in seen.items()
     ]

@@ -13,15 +13,19 @@ from vistok.host.hosts.internvl import InternVLHost
 from vistok.host.hosts.llava import LlavaHost
 from vistok.host.hosts.mistral3 import Mistral3Host
 from vistok.host.hosts.qwen import QwenHost
+from vistok.host.hosts.qwen3_5 import Qwen35Host
+from vistok.host.hosts.video_llava import VideoLlavaHost
 
 FAMILIES: dict[str, type[Host]] = {
     "LlavaForConditionalGeneration": LlavaHost,
     "LlavaNextForConditionalGeneration": AnyresHost,
     "LlavaNextVideoForConditionalGeneration": AnyresHost,
     "LlavaOnevisionForConditionalGeneration": AnyresHost,
+    "VideoLlavaForConditionalGeneration": VideoLlavaHost,
     "Qwen2VLForConditionalGeneration": QwenHost,
     "Qwen2_5_VLForConditionalGeneration": QwenHost,
     "Qwen3VLForConditionalGeneration": QwenHost,
+    "Qwen3_5ForConditionalGeneration": Qwen35Host,
     "InternVLForConditionalGeneration": InternVLHost,
     "Idefics3ForConditionalGeneration": IdeficsHost,
     "SmolVLMForConditionalGeneration": IdeficsHost,
@@ -35,8 +39,6 @@ FAMILIES: dict[str, type[Host]] = {
 _WHY_NOT = {
     "MllamaForConditionalGeneration": "its pictures enter by cross-attention: there are no visual tokens to drop",
     "Qwen3VLMoeForConditionalGeneration": "its mixture-of-experts decoder is neither tested nor counted",
-    "Qwen3_5ForConditionalGeneration": "its decoder has linear-attention layers, whose recurrent state the cache of a "
-    "reduced prompt does not hold",
     "Glm4vMoeForConditionalGeneration": "its mixture-of-experts decoder is neither tested nor counted",
     "Gemma3nForConditionalGeneration": "its decoder gets an input of its own for each token in every layer, which the "
     "host does not shorten",
@@ -44,8 +46,6 @@ _WHY_NOT = {
     "keys and values between layers, which the host does not shorten",
     "Idefics2ForConditionalGeneration": "its resampler mixes all patches in each token, so none has a place on the "
     "picture",
-    "VideoLlavaForConditionalGeneration": "it has one encoder for pictures and one for videos, for which there is no "
-    "adapter",
 }
 """Well-known families that are left out on purpose."""
 

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT and LLaVA-OneVision: a thumbnail and crops, unpadded, with a newline token at the end of each row.
+"""LLaVA-NeXT and LLaVA-OneVision: a thumbnail and crops, unpadded, with a newline token at the end of each row; videos,
+whose frames are pooled.
 
 Which patch each packed token is, is read off the model's own packing function, run on planes that hold each patch's
 index instead of its features.
@@ -7,16 +8,19 @@ index instead of its features.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vistok.core import flops
 from vistok.host.hooks import Hooks
 from vistok.host.hosts.base import square
 from vistok.host.hosts.llava import LlavaHost
-from vistok.host.layout import Layout, Part
+from vistok.host.layout import Layout, Part, squares, video
 from vistok.host.vision import Probe, VisionRun
 
 NEVER = "anyres_max_1000000"
@@ -24,13 +28,14 @@ NEVER = "anyres_max_1000000"
 
 
 class AnyresHost(LlavaHost):
-    """LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration (pictures only) and
+    """LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration and
     LlavaOnevisionForConditionalGeneration."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._layouts: dict[Any, Layout] = {}
         self._call: Mapping[str, Any] = {}
+        self.videos = hasattr(self.base, "get_video_features")
         self._signature = inspect.signature(self.base.get_image_features)
 
     def watch(self, hooks: Hooks, probe: Probe) -> None:
@@ -42,8 +47,10 @@ class AnyresHost(LlavaHost):
         super().watch(hooks, probe)
 
     def call_of(self, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.kind == "video":
+            return {**super().call_of(args, kwargs), "clips": self.clips[:2]}
         call, self._call = self._call, {}
-        sizes = call.get("image_sizes", ())  # none for a video, which is refused once the model is called
+        sizes = call.get("image_sizes", ())
         several = call.get("batch_num_images")
         alone = [True] * len(sizes) if several is None else [int(n) == 1 for n in several for _ in range(int(n))]
         aspect = call.get("vision_aspect_ratio") or getattr(self.model.config, "vision_aspect_ratio", None)
@@ -54,7 +61,51 @@ class AnyresHost(LlavaHost):
             "aspect": aspect,
         }
 
+    @cached_property
+    def pooler(self) -> Any:
+        """What joins a frame's patches before the projector; None where they are joined after it, or in no video."""
+        return getattr(self.base, "vision_resampler", None)
+
+    @cached_property
+    def frame(self) -> Layout:
+        """The layout of one frame of a video."""
+        config = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        if self.pooler is not None:
+            found = squares(side, side, config.spatial_pool_stride)
+            patches, grid = found.patches, found.parts[0].grid
+            weights = torch.full(patches.shape, 1 / patches.shape[1])
+        else:
+            places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+            points = self.base.apply_pooling(places[None])[0]
+            patches, weights = _between(points, torch.arange(side**2), (side, side))
+            grid = square(len(points), self.name)
+        tokens = torch.arange(len(patches))
+        return Layout(len(tokens), tokens, patches, side**2, (Part(grid, (0.0, 0.0, 1.0, 1.0)),), weights.float())
+
+    def patch_rows(self, features: Tensor, run: VisionRun) -> Tensor:
+        if run.kind == "image" or self.pooler is None:
+            return super().patch_rows(features, run)
+        # Their mean over the patches of a token, which is what a token gets, is then what the pooler made of them.
+        patches = self.frame.on(features.device)[1]
+        rows = features.new_zeros(len(features), self.frame.num_patches, features.shape[-1])
+        rows[:, patches.flatten()] = features.repeat_interleave(patches.shape[1], 1)
+        return rows.flatten(0, 1)
+
+    def patches_of(self, run: VisionRun) -> int:
+        return super().patches_of(run) if run.kind == "image" else self.frame.num_patches
+
+    def vision_flops(self, run: VisionRun) -> int:
+        total, convolution = super().vision_flops(run), getattr(self.pooler, "pool", None)
+        if run.kind == "video" and isinstance(convolution, nn.Conv2d):
+            out, *values = convolution.weight.shape
+            total += flops.linear(run.rows, math.prod(values), out)
+        return total
+
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
+        if run.kind == "video":
+            count, frames = run.call["clips"]
+            return [video(self.frame, frames, ends=int(self.pooler is None))] * count
         patches = run.rows // run.call["units"]
         out = []
         for size, cut in zip(run.call["sizes"], run.call["cut"], strict=True):
@@ -148,15 +199,7 @@ class AnyresHost(LlavaHost):
         """
         (h, w), patches = crop, crop[0] * crop[1]
         outer = (packed[patches:] >= 0).all(-1).nonzero()[:, 0] + patches
-        y, x = packed[outer].T
-        low = torch.stack([y.floor(), x.floor()]).long()
-        high = torch.minimum(low + 1, torch.tensor(grid)[:, None] - 1)
-        share = torch.stack([y, x]) - low
-        corners, weights = [], []
-        for rows, part in ((low[0], 1 - share[0]), (high[0], share[0])):
-            for columns, other in ((low[1], 1 - share[1]), (high[1], share[1])):
-                corners.append(flat[rows * grid[1] + columns])
-                weights.append(part * other)
+        corners, weights = _between(packed[outer], flat, grid)
         first = torch.zeros(patches, 4, dtype=torch.float64)
         first[:, 0] = 1
         width = int(_runs(outer)[0])
@@ -164,11 +207,25 @@ class AnyresHost(LlavaHost):
         return Layout(
             len(packed),
             torch.cat([torch.arange(patches), outer]),
-            torch.cat([torch.arange(patches)[:, None].expand(-1, 4), torch.stack(corners, -1)]),
+            torch.cat([torch.arange(patches)[:, None].expand(-1, 4), corners]),
             crops * patches,
             (Part((h, w), whole), Part((len(outer) // width, width), whole)),
-            torch.cat([first, torch.stack(weights, -1)]).float(),
+            torch.cat([first, weights]).float(),
         )
+
+
+def _between(points: Tensor, flat: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(N, 4) the patches around each of the ``points`` (N, 2: row, column) of a ``grid`` with the patches ``flat`` in
+    raster order, and (N, 4) their shares by bilinear interpolation."""
+    low = points.T.floor().long()
+    high = torch.minimum(low + 1, torch.tensor(grid)[:, None] - 1)
+    share = points.T - low
+    corners, weights = [], []
+    for rows, part in ((low[0], 1 - share[0]), (high[0], share[0])):
+        for columns, other in ((low[1], 1 - share[1]), (high[1], share[1])):
+            corners.append(flat[rows * grid[1] + columns])
+            weights.append(part * other)
+    return torch.stack(corners, -1), torch.stack(weights, -1)
 
 
 def _runs(places: Tensor) -> Tensor:

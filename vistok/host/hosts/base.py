@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistok.core import flops
 from vistok.host.hooks import Hooks
-from vistok.host.layout import Layout
+from vistok.host.layout import Kind, Layout
 from vistok.host.reducer import Reducer
 from vistok.host.stream import Stream
 from vistok.host.taps import Tap
@@ -34,6 +35,12 @@ class Host(ABC):
     """Whether the decoder's masks are more than causal; ``stream`` then makes them."""
     pixels_argument = "pixel_values"
     """The name of the encoder's first argument."""
+    videos = False
+    """Whether the adapter can serve videos."""
+    kind: Kind = "image"
+    """What the vision encoder is given now."""
+    clips: tuple[int, ...] = ()
+    """The shape of the last videos that the model was given."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -67,6 +74,10 @@ class Host(ABC):
     def image_token(self) -> int:
         return self.model.config.image_token_id
 
+    @property
+    def video_token(self) -> int:
+        return self.model.config.video_token_id
+
     def padding(self, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The padding mask (B, tokens seen and new) of a forward, or None; ``kwargs``: the decoder's arguments."""
         return kwargs.get("attention_mask")
@@ -75,12 +86,36 @@ class Host(ABC):
         """What carries a sequence through the decoder; arguments as for ``Stream``."""
         return Stream(*args)
 
+    def check_stage(self, method: Reducer, layer: int) -> None:
+        """Raise ValueError if ``method`` cannot drop tokens before decoder layer ``layer``."""
+        return None
+
+    def layer_flops(self, layer: Any, tokens: int, keys: int) -> int:
+        """Floating-point operations of a decoder layer for ``tokens`` tokens of one row that look at ``keys`` (they
+        themselves included)."""
+        config = self.language_model.config
+        return flops.transformer_layer(
+            tokens,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            head_dim=layer.self_attn.head_dim,
+            kv_heads=config.num_key_value_heads,
+            gated=True,
+            keys=keys,
+        )
+
     # The vision encoder -------------------------------------------------------------------------------------------
 
     @property
     def tower(self) -> Any:
         """The vision encoder."""
         return self.base.vision_tower
+
+    @property
+    def towers(self) -> tuple[Any, ...]:
+        """The vision encoders: more than one where videos have their own; ``tower`` is then that of ``kind``."""
+        return (self.tower,)
 
     @property
     def projector(self) -> Any:
@@ -110,7 +145,8 @@ class Host(ABC):
 
     def watch(self, hooks: Hooks, probe: Probe) -> None:
         """Hook the encoder so that ``probe.run`` holds the last run, with what of it ``probe.asked`` names."""
-        hooks.before(self.tower, lambda module, args, kwargs: self._begin(probe, args, kwargs))
+        for tower in self.towers:
+            hooks.before(tower, lambda module, args, kwargs: self._begin(probe, args, kwargs))
 
         def projecting(module: Any, args: Any, kwargs: Any) -> None:
             run = probe.run
@@ -121,11 +157,20 @@ class Host(ABC):
                 run.features = self.patch_rows(args[0].detach(), run)
 
         hooks.before(self.projector, projecting)
+        if self.videos:
+            hooks.watch(self.base, "get_video_features", self._videos_begin, self._videos_end)
 
     def _begin(self, probe: Probe, args: Any, kwargs: Any) -> None:
-        probe.run = VisionRun(call=self.call_of(args, kwargs))
+        run = probe.begin(VisionRun(self.kind, self.call_of(args, kwargs)))
         if "patch_pixels" in probe.asked:
-            probe.run.pixels = self.patch_pixels(self.pixels(args, kwargs))
+            run.pixels = self.patch_pixels(self.pixels(args, kwargs))
+
+    def _videos_begin(self, *args: Any, **kwargs: Any) -> None:
+        given = args[0] if args else kwargs.get("pixel_values_videos")
+        self.kind, self.clips = "video", tuple(getattr(given, "shape", ()))
+
+    def _videos_end(self) -> None:
+        self.kind = "image"
 
     def pixels(self, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
         """The pictures that a call of the vision encoder was given."""
@@ -161,15 +206,17 @@ class Host(ABC):
 
     def project_exactly(self, tokens: Tensor) -> Tensor:
         """``project`` in the precision of ``tokens``, whatever the weights are kept in: what a method makes of small
-        differences would be lost in the rounding of a model in half precision."""
+        differences would be lost in the rounding of a model in half precision. Quantized weights stay as they are."""
         call = _Projection(self)
+        if any(type(p.data) is not Tensor or not p.is_floating_point() for p in call.parameters()):
+            return self.project(tokens.to(self.model.get_input_embeddings().weight.dtype)).to(tokens.dtype)
         exact = {name: p.to(tokens.dtype) for name, p in call.named_parameters() if p.dtype != tokens.dtype}
         return torch.func.functional_call(call, exact, (tokens,)) if exact else self.project(tokens)
 
     @abstractmethod
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
-        """The layout of each picture of the run, in the order of the prompt, whose image placeholders are ``visual``
-        (B, T) bool."""
+        """The layout of each picture (or video) of the run, in the order of the prompt, whose placeholders for it are
+        ``visual`` (B, T) bool."""
 
     @abstractmethod
     def vision_flops(self, run: VisionRun) -> int:

@@ -12,7 +12,10 @@ from vistok.host.vision import VisionRun
 
 
 class GlmHost(QwenHost):
-    """Glm4vForConditionalGeneration and Glm46VForConditionalGeneration."""
+    """Glm4vForConditionalGeneration and Glm46VForConditionalGeneration; no videos, whose placeholders are those of
+    pictures."""
+
+    videos = False
 
     @property
     def projector(self) -> Any:

@@ -41,9 +41,13 @@ class LlavaHost(Host):
         units = run.call["units"]
         return [plain(*square(run.rows // units, self.name))] * units
 
+    def patches_of(self, run: VisionRun) -> int:
+        """Patches of each of the run's units."""
+        return run.rows // run.call["units"]
+
     def vision_flops(self, run: VisionRun) -> int:
         units, vision, text = run.call["units"], self.model.config.vision_config, self.model.config.text_config
-        patches = run.rows // units
+        patches = self.patches_of(run)
         tower = flops.vision_tower(
             patches,
             vision.hidden_size,

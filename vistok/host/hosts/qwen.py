@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: dynamic resolution, 2 x 2 patches merged to a token, windows, mRoPE, DeepStack."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: dynamic resolution, 2 x 2 patches merged to a token, windows, mRoPE, DeepStack,
+videos."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vistok.core import flops
 from vistok.host.hosts.base import Host, UnsupportedModel
-from vistok.host.layout import Layout, plain
+from vistok.host.layout import Layout, plain, video
 from vistok.host.taps import PackedTap, Tap
 from vistok.host.vision import VisionRun
 
@@ -21,6 +22,7 @@ class QwenHost(Host):
     """Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and Qwen3VLForConditionalGeneration."""
 
     pixels_argument = "hidden_states"
+    videos = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -42,8 +44,8 @@ class QwenHost(Host):
 
     def call_of(self, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         grids: Tensor = args[1] if len(args) > 1 else kwargs["grid_thw"]
-        if bool((grids[:, 0] != 1).any()):
-            raise UnsupportedModel(f"{self.name}: video (grid_thw {grids.tolist()}) is not supported yet")
+        if self.kind == "image" and bool((grids[:, 0] != 1).any()):
+            raise UnsupportedModel(f"{self.name}: video (grid_thw {grids.tolist()}) is not supported as a picture")
         windows: Tensor | None = None
         self._order = None
         if hasattr(self.tower, "window_size"):
@@ -75,20 +77,21 @@ class QwenHost(Host):
     def patch_pixels(self, pixels: Tensor) -> Tensor:
         config = self.tower.config
         shape = (config.in_channels, config.temporal_patch_size, config.patch_size**2)
-        return pixels.detach().float().unflatten(1, shape).mean((1, 2))  # a picture is given as two equal frames
+        return pixels.detach().float().unflatten(1, shape).mean((1, 2))  # two frames of a film, or a picture twice
 
     def project(self, tokens: Tensor) -> Tensor:
         batch, kept, width = tokens.shape
         return self.projector(tokens.reshape(-1, width // self.merge)).view(batch, kept, -1)
 
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
-        return [plain(h // self.side, w // self.side, self.merge) for _, h, w in run.call["grids"]]
+        found = [(t, plain(h // self.side, w // self.side, self.merge)) for t, h, w in run.call["grids"]]
+        return [frame if run.kind == "image" else video(frame, t) for t, frame in found]
 
     def vision_flops(self, run: VisionRun) -> int:
         config = self.tower.config
         width: int = self.blocks[0].attn.dim
         heads = config.num_heads
-        sizes = [h * w for _, h, w in run.call["grids"]]
+        sizes = [h * w for t, h, w in run.call["grids"] for _ in range(t)]  # frames do not see one another
         patches = sum(sizes)
         total = flops.linear(patches, config.in_channels * config.temporal_patch_size * config.patch_size**2, width)
         for number, block in enumerate(self.blocks):
