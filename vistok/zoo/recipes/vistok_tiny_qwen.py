@@ -152,7 +152,7 @@ RECIPE = Recipe(
     name="vistok-tiny-qwen",
     stages=(
         Stage("patches", steps=1300, batch_size=16, peak_lr=2e-3, language=False, tasks=vistok_tiny.TASKS),
-        Stage("questions", steps=800, batch_size=16, peak_lr=1e-3, language=True, tasks=vistok_tiny.TASKS),
+        Stage("questions", steps=600, batch_size=16, peak_lr=1e-3, language=True, tasks=vistok_tiny.TASKS),
     ),
     image_size=IMAGE_SIZE,
     grid=GRID,
