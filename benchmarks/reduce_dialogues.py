@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import nullcontext
 
 import torch
 
-import vistok
 from benchmarks.common import machine, machine_line
+from vistok.bench.protocols import Turn, answer_second, multi_turn
 from vistok.bench.statistics import paired_bootstrap, wilson
-from vistok.world import dialogue, sample
+from vistok.world import sample
 from vistok.zoo import DEFAULT, load, load_processor
-from vistok.zoo.asking import ask_again, same_answer
+from vistok.zoo.asking import same_answer
 
 METHODS = "random,fastervlm,fastv,sparsevlm,cdpruner,mmtok"
 
@@ -37,22 +36,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     model, processor = load(options.model), load_processor(options.model)
-    held = [picture for picture in sample("all", options.n, split="test") if len(picture.questions) > 1]
-    asked = [(picture, *dialogue(picture)) for picture in held]
-    pictures = [picture.pil() for picture, *_ in asked]
-    turns = [(first.text, first.answer, second.text) for _, first, second in asked]
+    asked = multi_turn(list(sample("all", options.n, split="test")))
 
-    def measure(name: str, protocol: str) -> tuple[list[bool], float]:
-        use = (
-            nullcontext()
-            if protocol == "keep-all"
-            else vistok.apply(model, name, keep=options.keep, reselect=protocol == "reselect")
-        )
+    def measure(name: str, turn: Turn) -> tuple[list[bool], float]:
         start = time.perf_counter()
-        with use:
-            answers = ask_again(model, processor, pictures, turns)
-        spent = (time.perf_counter() - start) * 1e3 / len(turns)
-        return [same_answer(second.answer, a) for (_, _, second), a in zip(asked, answers, strict=True)], spent
+        answers = answer_second(model, processor, name, options.keep, asked, turn)
+        spent = (time.perf_counter() - start) * 1e3 / len(asked)
+        right = [one.second.truth.answer for one in asked if one.second.truth is not None]
+        return [same_answer(known, answer) for known, answer in zip(right, answers, strict=True)], spent
 
     def show(name: str, protocol: str, right: list[bool], spent: float, first: list[bool] | None) -> None:
         low, high = wilson(sum(right), len(right))
@@ -74,13 +65,13 @@ def main() -> None:
             f"{name:12} {protocol:12} {row['accuracy']:6.1%} [{low:.1%}, {high:.1%}]  {spent:6.1f} ms{gain}", flush=True
         )
 
-    show("dense", "keep-all", *measure("", "keep-all"), None)
+    show("dense", "keep-all", *measure("dense", "keep-all"), None)
     for name in options.methods.split(","):
         first, spent = measure(name, "reuse-first")
         show(name, "reuse-first", first, spent, None)
         show(name, "reselect", *measure(name, "reselect"), first)
     if not options.json:
-        print(f"keep {options.keep}; {len(turns)} dialogues; {machine_line()}")
+        print(f"keep {options.keep}; {len(asked)} dialogues; {machine_line()}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def answers(monkeypatch):
         if name not in given:
             raise ValueError(f"{name}: not for this model")
         on_batch(len(cases))
-        return [Answered(text, None, 16, 8.0, None) for text in given[name]]
+        return [Answered(text, None, 16, 8, 8.0, None) for text in given[name]]
 
     monkeypatch.setattr(auto, "answer_all", answer_all)
     monkeypatch.setattr(auto, "cost_all", lambda m, p, settings, case, repeats: [Cost(1.0, 2.0, 3)] * len(settings))

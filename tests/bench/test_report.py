@@ -50,7 +50,12 @@ class Page(HTMLParser):
 def look(method="random", keep=0.25, answer="yes", correct=True, recall=0.5, ms=10.0, side=112):
     kept = 196 if method == "dense" else 49
     overlay = Image.new("RGB", (side, side), "green")
-    return Look(method, keep, Answered(answer, correct, 196, kept, recall, overlay), Cost(ms, 1e9 * kept, 1000 * kept))
+    return Look(
+        method,
+        keep,
+        Answered(answer, correct, 196, kept, kept, recall, overlay),
+        Cost(ms, 1e9 * kept, 1000 * kept),
+    )
 
 
 @pytest.fixture
@@ -118,7 +123,7 @@ def test_a_survey_has_intervals_and_families():
     asked = [make("scenes", seed, questions=1) for seed in range(3)]
     cases = [case_of(p, p.questions[0]) for p in asked]
     shown = Comparison(cases[:1], [[look("dense", 1.0), look()]])
-    answers = [Answered("yes", i > 0, 196, 49, 0.5) for i in range(3)]
+    answers = [Answered("yes", i > 0, 196, 49, 49, 0.5) for i in range(3)]
     cost = {"ttft_ms": 1.0, "flops": 1e9, "kv_bytes": 1e3, "task": "scenes"}
     rows = [{**survey_row(method, keep, answers), **cost} for method, keep in settings_of(["random"], [0.25])]
     families = [{**row, "family": "colour"} for row in rows]
@@ -135,7 +140,7 @@ def survey_of(hits, families=("colour",)):
     found = {(name, 1.0 if name == "dense" else 0.25): right for name, right in hits.items()}
     rows, by_family = [], []
     for (name, keep), right in found.items():
-        answers = [Answered("yes", hit, 196, 49, 0.5) for hit in right]
+        answers = [Answered("yes", hit, 196, 49, 49, 0.5) for hit in right]
         cost = {"ttft_ms": 1.0, "flops": 1e9, "kv_bytes": 1e3, "task": "scenes"}
         method = None if name == "dense" else name
         rows.append({**survey_row(method, keep, answers), **cost, **_beside(found, name, keep, 0)})

@@ -66,6 +66,7 @@ class Maps:
         self.cls_attention = rows.transpose(1, 2).flatten(0, 1).T
         self.wide_cls_attention = (wide[:, 0, 1:] if class_token else wide.mean(1)).flatten()
         self.encoder_keys = seen[1][:, first:].flatten(0, 1)
+        self.encoder_mean_keys = k[:, :, first:].mean(1).flatten(0, 1)
         self.encoder_attention = torch.zeros(heads, units * count, units * count)
         for unit in range(units):
             part = slice(unit * count, (unit + 1) * count)
@@ -90,6 +91,7 @@ class Maps:
         self.given_attention = (1 / size)[order]
         self.wide_cls_attention = (wide.sum(0) / size)[order]
         self.encoder_keys = k.flatten(1)[order]
+        self.encoder_mean_keys = k.mean(1)[order]
         self.encoder_attention = full[:, order][:, :, order]
 
 
@@ -98,7 +100,7 @@ def of_picture(value, name, first, patches):
     index = first + torch.tensor(patches)
     if name == "encoder_attention":
         return value[:, index][:, :, :, index].mean((2, 4))
-    if name == "encoder_keys":
+    if name in ("encoder_keys", "encoder_mean_keys"):
         return value[index].flatten(1)
     return value[..., index].mean(-1)
 
@@ -109,7 +111,7 @@ def of_picture(value, name, first, patches):
 def test_encoder_evidence(family, layer):
     sizes = [[0, family.sizes - 1], [0]]
     batch = prompt(family, sizes)
-    names = (*ENCODER, "encoder_keys")
+    names = (*ENCODER, "encoder_keys", "encoder_mean_keys")
     method = Asks(dict.fromkeys(names, layer))
     with apply(family.model, method, keep=0.25):
         family.model(**batch.inputs)

@@ -82,6 +82,7 @@ def encoder_layer(queries_and_keys):
         "given_attention": full[:, :, 1:, 1:].mean((1, 3)),
         "encoder_attention": full[:, :, 1:, 1:],
         "encoder_keys": wide_k[:, 1:],
+        "encoder_mean_keys": k[:, :, 1:].mean(1),
     }
 
 

@@ -153,7 +153,7 @@ def test_half_precision_chooses_as_single_does(name, dtype):
     reducer = vistok.create(name)
     for given in pictures(reducer):
         single = cast(cast(given, dtype), torch.float32)
-        real = ("features", "encoder_features", "text", "encoder_keys")
+        real = ("features", "encoder_features", "text", "encoder_keys", "encoder_mean_keys")
         half = replace(single, **{n: x.to(dtype) for n in real if (x := getattr(single, n)) is not None})
         assert torch.equal(reducer.reduce(half, 16).keep, reducer.reduce(single, 16).keep)
 

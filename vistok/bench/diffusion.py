@@ -24,6 +24,7 @@ from vistok.reduce.dmllm_redundancy import VTW, StepPrune
 from vistok.zoo.asking import denoise, encode, same_answer
 
 from .journal import Journal, print_of
+from .markdown import line
 from .measure import Case, synchronise
 from .report import replace_file
 from .statistics import paired_bootstrap, wilson
@@ -258,15 +259,15 @@ def markdown(found: Study, facts: Mapping[str, str]) -> str:
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", NOTES.strip(), ""]
     heads = ("which", "keep", "start", "right", "95%", "over dense", "tokens", "FLOPs", "ms")
-    lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-    lines += [_line(cells(row, found.depth)) for row in found.rows]
+    lines += [line(heads), line(["---", *["---:"] * (len(heads) - 1)])]
+    lines += [line(cells(row, found.depth)) for row in found.rows]
     lines += ["", "## Where the answer's attention goes", ""]
     layers = [f"layer {layer}" for layer in range(found.depth)]
     lines += ["Shares of image / prompt / answer, mean over heads, the answer's tokens and questions.", ""]
-    lines += [_line(["step", "confidence", *layers]), _line(["---:"] * (2 + found.depth))]
+    lines += [line(["step", "confidence", *layers]), line(["---:"] * (2 + found.depth))]
     for number, (step, sure) in enumerate(zip(found.attention, found.confidence, strict=True)):
         shares = [" / ".join(f"{100 * layer[kind]:.0f}" for kind in KINDS) for layer in step]
-        lines.append(_line([str(number), f"{sure:.2f}", *shares]))
+        lines.append(line([str(number), f"{sure:.2f}", *shares]))
     return "\n".join(lines) + "\n"
 
 
@@ -291,10 +292,6 @@ def cells(row: Mapping[str, Any], depth: int) -> list[str]:
         f"{row['flops_ratio']:.2f}",
         f"{row['ms']:.1f}",
     ]
-
-
-def _line(row: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
 def draw(found: Study, title: str = "") -> bytes:

@@ -30,10 +30,10 @@ def markdown(survey: Survey, facts: Mapping[str, str]) -> str:
     dense, *rest = survey.rows
     for keep in dict.fromkeys(row["keep"] for row in rest):
         rows = [dense, *_ordered([row for row in rest if row["keep"] == keep])]
-        lines += [f"## keep = {keep}", "", _line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
+        lines += [f"## keep = {keep}", "", line(heads), line(["---"] + ["---:"] * (len(heads) - 1))]
         for row in rows:
             by_family = [cells.get((row["method"], row["keep"], family)) for family in families]
-            lines.append(_line([*_row(row), *("" if cell is None else f"{cell:.0%}" for cell in by_family)]))
+            lines.append(line([*_row(row), *("" if cell is None else f"{cell:.0%}" for cell in by_family)]))
         lines += ["", _verdict(rest, keep), ""]
     lines += [f"{name} is left out: {why}" for name, why in survey.shown.skipped.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -52,8 +52,8 @@ def _row(row: Mapping[str, Any]) -> list[str]:
         name,
         f"{row['accuracy']:.1%}",
         f"{100 * row['accuracy_low']:.0f} to {100 * row['accuracy_high']:.0f}",
-        _points(row, "over_dense"),
-        "" if row["method"] in ("dense", "random") else _points(row, "over_random"),
+        points(row, "over_dense"),
+        "" if row["method"] in ("dense", "random") else points(row, "over_random"),
         f"{row['tokens_kept']:.1f}",
         "" if recall is None else f"{recall:.0%}",
         f"{row['ttft_ms']:.1f}",
@@ -62,7 +62,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _points(row: Mapping[str, Any], key: str) -> str:
+def points(row: Mapping[str, Any], key: str) -> str:
     """A difference in points with its interval; nothing where it was not measured."""
     if row[key] is None or row["method"] == "dense":
         return ""
@@ -91,5 +91,6 @@ def _code(text: str) -> str:
     return f"`{text}`"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

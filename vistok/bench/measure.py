@@ -46,6 +46,8 @@ class Answered:
     answer: str
     correct: bool | None
     tokens_in: int
+    tokens_input: int
+    """What the language model was given."""
     tokens_kept: float
     """Mean over the decoder's layers."""
     evidence_recall: float | None
@@ -150,7 +152,8 @@ def answer_all(
                 if overlay_side:
                     shown = resized(case.picture, overlay_side)
                     drawn = session.overlay(shown, row, fit_of(processor, seen))
-                made.append(Answered(answer, correct, seen.tokens_in, seen.mean_tokens(num_layers), recall, drawn))
+                tokens = (seen.tokens_in, seen.tokens_kept, seen.mean_tokens(num_layers))
+                made.append(Answered(answer, correct, *tokens, recall, drawn))
             if on_batch:
                 on_batch(len(batch))
     return made

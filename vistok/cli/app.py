@@ -53,6 +53,14 @@ COMMANDS: Mapping[str, Command | Group] = {
         "Pictures with exact truth.",
         {"sample": Command("vistok.cli.world:sample", "Write pictures of the world with their questions.")},
     ),
+    "bench": Group(
+        "Sweeps: many methods, counts and tasks from one file, with tables and curves.",
+        {
+            "run": Command("vistok.cli.bench:run", "Measure the cells of a sweep that are not measured yet."),
+            "report": Command("vistok.cli.bench:report", "Write a sweep's tables and curves."),
+            "diff": Command("vistok.cli.bench:diff", "Say what changed between two sweeps, beyond noise."),
+        },
+    ),
     "train": Command("vistok.cli.train:train", "Train a small model of the zoo."),
 }
 

@@ -40,6 +40,8 @@ class Evidence:
     """(B, N, Dv) the vision encoder's patch outputs that feed the projector."""
     encoder_keys: Any = None
     """(B, N, Dk) keys of the encoder layer asked for, heads concatenated."""
+    encoder_mean_keys: Any = None
+    """(B, N, dk) the same keys, mean over the heads."""
     cls_attention: Any = None
     """(B, H, N) class-token row of the encoder's attention, softmax over class token + patches, class column left out.
     Where the encoder has no class token: the attention that each token receives, (B, H, N), mean over queries."""
@@ -137,6 +139,7 @@ _TOKEN_AXES = {
     "features": 1,
     "encoder_features": 1,
     "encoder_keys": 1,
+    "encoder_mean_keys": 1,
     "cls_attention": 2,
     "wide_cls_attention": 1,
     "received_attention": 1,

@@ -30,6 +30,7 @@ ATTENTION_FIELDS = (
     "given_attention",
     "encoder_attention",
     "encoder_keys",
+    "encoder_mean_keys",
 )
 LAYER_FIELDS = (*ATTENTION_FIELDS, "encoder_states")
 
@@ -86,6 +87,8 @@ def measure(name: str, x: Queries) -> Tensor:
     class_token = x.q.shape[2] - x.where.shape[1]
     if name == "encoder_keys":
         return x.k[:, :, class_token:].transpose(1, 2).flatten(2)
+    if name == "encoder_mean_keys":
+        return x.k[:, :, class_token:].mean(1)
     if name == "encoder_attention":
         return attention_rows(x.q[:, :, class_token:], x.k, x.scale)[..., class_token:]
     if name == "cls_logits":
@@ -198,7 +201,7 @@ def _field(name: str, value: Any, layout: Layout, first: Tensor) -> Tensor:
         return torch.stack([_square(value, layout, start) for start in first.tolist()])
     if name in ("cls_attention", "cls_logits"):
         return _tokens(value.T, layout, first).transpose(1, 2)
-    if name in ("encoder_keys", "encoder_states"):
+    if name in ("encoder_keys", "encoder_mean_keys", "encoder_states"):
         return _tokens(value, layout, first, join=True)
     return _tokens(value[:, None], layout, first)[..., 0]
 

@@ -7,9 +7,9 @@ encoder's output, in ``rounds`` rounds of equal cuts (more where a round would h
 Source: Bolya et al., arXiv 2210.09461, facebookresearch/ToMe. Where: encoder output, before the projector; part by part
 of a cut picture.
 
-Departures: similarity is the cosine of the keys of all heads together (ToMe: of their mean over heads), those of a
-merged token being its members' mean, and tokens stay in raster order between rounds, so that neighbours meet. The
-language model is not told how large a token is (ToMe adds log size to the attention).
+Similarity is the cosine of the keys' mean over heads. Departures: the keys of a merged token are its members' mean
+(ToMe: those of the next layer), and tokens stay in raster order between rounds, so that neighbours meet. The language
+model is not told how large a token is (ToMe adds log size to the attention).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CARD = Card(
     paper="Bolya et al., 2022, arXiv 2210.09461",
     repository="facebookresearch/ToMe",
     mechanism=("similarity",),
-    needs=("keys of one encoder layer",),
+    needs=("keys of one encoder layer, mean over its heads",),
     score="cosine of keys to the best match among every second token",
     select="the pairs most alike merge, in rounds",
     merge="mean of the tokens of a slot, weighted by size",
@@ -57,10 +57,10 @@ class ToMeMerge(Reducer):
 
     @property
     def needs(self) -> Mapping[str, LayerSpec]:
-        return {"encoder_features": None, "encoder_keys": self.layer}
+        return {"encoder_features": None, "encoder_mean_keys": self.layer}
 
     def compress(self, evidence: Evidence, keep: int) -> Reduction:
-        keys, x = upcast(evidence.encoder_keys), evidence.encoder_features
+        keys, x = upcast(evidence.encoder_mean_keys), evidence.encoder_features
         b, n, _ = x.shape
         source = anchor = torch.arange(n, device=x.device).expand(b, n)
         size = keys.new_ones(b, n)

@@ -72,7 +72,7 @@ def ask_again(
     batch_size: int = 32,
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """Greedy answers to the last of each ``turns`` (question, its answer, second question) about one of ``pictures``.
+    """Greedy answers to the last of each of ``turns`` (question, its answer, second question), one a picture.
 
     The first question is read with the picture, and then its answer and the second one on the same cache.
     """
@@ -81,7 +81,8 @@ def ask_again(
         rows = turns[start : start + batch_size]
         inputs = encode(processor, pictures[start : start + batch_size], [turn[0] for turn in rows]).to(model.device)
         cache = DynamicCache(config=model.config.get_text_config())
-        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # By generate, as the second turn is: a bare forward counts the padding in its positions.
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
         later = processor.tokenizer(
             [_second_turn(processor, *turn) for turn in rows],
             add_special_tokens=False,
