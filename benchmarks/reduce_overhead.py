@@ -3,8 +3,8 @@
 For a method that acts before the language model the given run is the plain model whose language model is handed the
 picture's first K tokens by hand, with no vistok in it. For a method with stages inside the language model it is the
 same schedule of counts, with the first tokens kept at each stage: what the method adds is its scores. Random weights,
-width 512, 12 layers, LLaVA's own classes at N = 576 and LLaVA-NeXT's at N = 2880 (see benchmarks.common.build); all
-runs in turn, the first round is not counted, ratios are medians of pairs.
+width 512, 12 layers, LLaVA's own classes at N = 576 and LLaVA-NeXT's at N = 2880 (see benchmarks.common.build); each
+method in turn with its given run (A B A B), the first round is not counted, ratios are medians of pairs.
 
 python -m benchmarks.reduce_overhead [--tokens 576 2880] [--keep 64] [--repeats 5] [--methods a,b] [--device cuda]
                                      [--json]
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class Given(Reducer):
         return Reduction.select(evidence.features, self.select(evidence, keep))
 
 
-def rows_of(tokens: int, keep: int, repeats: int, methods: list[str], device: str) -> list[dict[str, Any]]:
+def rows_of(tokens: int, keep: int, repeats: int, methods: list[str], device: str) -> Iterator[dict[str, Any]]:
     """One row a method that can work on this model; the others say why not."""
     model = build(tokens).to(device)
     inputs = {name: value.to(device) for name, value in inputs_of(model).items()}
@@ -59,45 +59,29 @@ def rows_of(tokens: int, keep: int, repeats: int, methods: list[str], device: st
 
         return run
 
-    runs: dict[str, Callable[[], object]] = {
-        "dense": lambda: first_token(model, inputs),
-        "bound": lambda: bound(model, inputs, keep),
-    }
-    given: dict[str, str] = {}
-    refused: dict[str, str] = {}
+    dense = in_turn({"dense": lambda: first_token(model, inputs)}, repeats, device)["dense"]
     for slug in methods:
         reducer = vistok.create(slug)
+        staged = bool(reducer.schedule(tokens, keep, layers).layers)
+        given = reduced(Given(reducer)) if staged else lambda: bound(model, inputs, keep)
         try:
-            reduced(reducer)()
+            times = in_turn({"given": given, "method": reduced(reducer)}, repeats, device)
         except ValueError as error:
-            refused[slug] = str(error)
+            yield {"method": slug, "tokens": tokens, "refused": str(error)}
             continue
-        runs[slug] = reduced(reducer)
-        schedule = reducer.schedule(tokens, keep, layers)
-        given[slug] = "bound"
-        if schedule.layers:
-            given[slug] = f"given {schedule}"
-            runs.setdefault(given[slug], reduced(Given(reducer)))
-    times = in_turn(runs, repeats, device)
-    rows: list[dict[str, Any]] = []
-    for slug, base in given.items():
-        staged = base != "bound"
-        over, goal = ratio(times[slug], times[base]), GOAL_STAGED if staged else GOAL_BEFORE
-        rows.append(
-            {
-                "method": slug,
-                "tokens": tokens,
-                "keep": keep,
-                "staged": staged,
-                "ms": round(statistics.median(times[slug]), 1),
-                "given_ms": round(statistics.median(times[base]), 1),
-                "dense_ms": round(statistics.median(times["dense"]), 1),
-                "ratio": round(over, 3),
-                "goal": goal,
-                "met": over <= goal,
-            }
-        )
-    return [*rows, *({"method": slug, "tokens": tokens, "refused": why} for slug, why in refused.items())]
+        over, goal = ratio(times["method"], times["given"]), GOAL_STAGED if staged else GOAL_BEFORE
+        yield {
+            "method": slug,
+            "tokens": tokens,
+            "keep": keep,
+            "staged": staged,
+            "ms": round(statistics.median(times["method"]), 1),
+            "given_ms": round(statistics.median(times["given"]), 1),
+            "dense_ms": round(statistics.median(dense), 1),
+            "ratio": round(over, 3),
+            "goal": goal,
+            "met": over <= goal,
+        }
 
 
 def main() -> None:
@@ -111,22 +95,22 @@ def main() -> None:
     options = parser.parse_args()
     methods = options.methods.split(",") if options.methods else [card.slug for card in catalogue.methods("reduce")]
     for tokens in options.tokens:
-        with torch.inference_mode():
-            rows = rows_of(tokens, options.keep, options.repeats, methods, options.device)
-        for row in rows:
+        for row in rows_of(tokens, options.keep, options.repeats, methods, options.device):
             if options.json:
-                print(json.dumps({**row, **machine(options.device)}))
+                print(json.dumps({**row, **machine(options.device)}), flush=True)
             elif "refused" in row:
                 print(f"{row['method']:24} N {tokens:5}  cannot work on this model: {row['refused']}")
             else:
                 print(
                     f"{row['method']:24} N {tokens:5}  {row['ms']:8.1f} ms  given {row['given_ms']:8.1f}  "
                     f"dense {row['dense_ms']:8.1f}  ratio {row['ratio']:5.3f}  goal <= {row['goal']:.2f}: "
-                    f"{'met' if row['met'] else 'MISSED'}{'  (staged)' if row['staged'] else ''}"
+                    f"{'met' if row['met'] else 'MISSED'}{'  (staged)' if row['staged'] else ''}",
+                    flush=True,
                 )
     if not options.json:
         print(f"K = {options.keep}; {machine_line(options.device)}")
 
 
 if __name__ == "__main__":
+    torch.set_grad_enabled(False)
     main()

@@ -68,3 +68,17 @@ def test_mistakes(run, sweep, arguments, message):
     result = run("bench", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_rows_bit_for_bit_except_times(run, sweep, tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed")
+    from vistok.bench import rows
+
+    for folder, how in (("local", ("--cpus", "1")), ("ray", ("--engine", "ray", "--address", "local"))):
+        result = run("bench", "run", sweep, "--out", folder, *how)
+        assert result.exit_code == 0, result.output
+    times = [name for name in rows.COLUMNS if name.endswith("_ms") or name in ("ttft_over_dense", "date", "machine")]
+    ours, theirs = (rows.read(tmp_path / name).drop(times) for name in ("local", "ray"))
+    assert ours.equals(theirs)
+    assert len(ours) == 4 * 3 + 2 * 4

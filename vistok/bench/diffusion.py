@@ -311,7 +311,7 @@ def draw(found: Study, title: str = "") -> bytes:
             axes.plot([row["start"] for row in mine], [row["accuracy"] for row in mine], "o-", markersize=4,
                       label=method)  # fmt: skip
         axes.set_title(f"keep = {keep}", fontsize=9)
-        axes.set_xlabel("tokens go at this share of the steps")
+        axes.set_xlabel("gone from this share on")
         axes.legend(frameon=False, fontsize=7)
     skips = [row for row in found.rows if row["layers"]]
     for name, single, offset in (("bypassed", True, -0.2), ("all others bypassed", False, 0.2)):
@@ -319,7 +319,7 @@ def draw(found: Study, title: str = "") -> bytes:
         places = [row["layers"][0] if single else min({*range(found.depth)} - {*row["layers"]}) for row in mine]
         panels[-1].bar([p + offset for p in places], [row["accuracy"] for row in mine], 0.4, label=name)
     panels[-1].set_xlabel("layer")
-    panels[-1].legend(frameon=False, fontsize=7)
+    panels[-1].legend(framealpha=0.9, fontsize=7, loc="center right")
     panels[0].set_ylabel("accuracy")
     for axes in panels:
         axes.axhline(dense, color="#888888", linestyle=":", linewidth=1)

@@ -7,6 +7,7 @@ a command, write a function with typer annotations and name it in ``COMMANDS``.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,4 +157,5 @@ def root(
 
 def main() -> None:
     """Entry point of the ``vistok`` command."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torch on torchao's enums, where it is installed
     typer.main.get_command(app)(prog_name="vistok")

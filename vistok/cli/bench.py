@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,9 @@ def run(
     address: Annotated[
         str | None, typer.Option("--address", help="Of a Ray cluster (default: one of its own).")
     ] = None,
-    cpus: Annotated[int, typer.Option("--cpus", min=1, help="Cores of each worker, if there are several.")] = 1,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", min=1, help="Cores of a worker (default: all by the workers; ray: 1).")
+    ] = None,
     gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each worker, or a share of one.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -48,6 +51,8 @@ def run(
     except ValueError as error:
         raise UserError("CONFIG", str(config), str(error)) from error
     runs = LocalEngine(workers) if engine == "local" else RayEngine(address, workers)
+    if cpus is None:
+        cpus = max(1, (os.cpu_count() or 1) // workers) if engine == "local" else 1
     by_key = {cell.key: cell for cell in cells}
     failed = 0
     with progress() as bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
 from pathlib import Path
@@ -108,7 +107,6 @@ def load_model(name: str, argument: str = "--model") -> tuple[PreTrainedModel, P
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torch on torchao's enums, where it is installed
     try:
         return load(name), load_processor(name)
     except ModelNotFound as error:

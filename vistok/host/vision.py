@@ -226,6 +226,10 @@ def _square(blocks: list[tuple[Tensor, Tensor]], layout: Layout, first: int) -> 
     for place, block in mine:
         full[:, place[:, None], place] = block
     _, patches, weights = layout.on(full.device)
+    if weights is None and patches.shape[1] == 1:
+        order = patches[:, 0]
+        same = len(order) == len(full[0]) and torch.equal(order, torch.arange(len(order), device=order.device))
+        return full if same else full[:, order][:, :, order]
     share = torch.full(patches.shape, 1 / patches.shape[1]) if weights is None else weights
     share = share.to(full.device, full.dtype)
     rows = (full[:, patches] * share[..., None]).sum(2)
