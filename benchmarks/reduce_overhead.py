@@ -4,7 +4,8 @@ For a method that acts before the language model the given run is the plain mode
 picture's first K tokens by hand, with no vistok in it. For a method with stages inside the language model it is the
 same schedule of counts, with the first tokens kept at each stage: what the method adds is its scores. Random weights,
 width 512, 12 layers, LLaVA's own classes at N = 576 and LLaVA-NeXT's at N = 2880 (see benchmarks.common.build); each
-method in turn with its given run (A B A B), the first round is not counted, ratios are medians of pairs.
+method in turn with its given run (A B A B), the first round is not counted, ratios are medians of pairs. "select" is
+what the session itself counts for evidence and method, which a noisy machine blurs less.
 
 python -m benchmarks.reduce_overhead [--tokens 576 2880] [--keep 64] [--repeats 5] [--methods a,b] [--device cuda]
                                      [--json]
@@ -52,10 +53,13 @@ def rows_of(tokens: int, keep: int, repeats: int, methods: list[str], device: st
     inputs = {name: value.to(device) for name, value in inputs_of(model).items()}
     layers = model.config.get_text_config().num_hidden_layers
 
+    spent: list[float] = []
+
     def reduced(method: Any) -> Callable[[], None]:
         def run() -> None:
-            with vistok.apply(model, method, keep=keep):
+            with vistok.apply(model, method, keep=keep) as session:
                 first_token(model, inputs)
+            spent.append(session.milliseconds["select"])
 
         return run
 
@@ -66,6 +70,7 @@ def rows_of(tokens: int, keep: int, repeats: int, methods: list[str], device: st
         given = reduced(Given(reducer)) if staged else lambda: bound(model, inputs, keep)
         try:
             times = in_turn({"given": given, "method": reduced(reducer)}, repeats, device)
+            select = statistics.median(spent[-1 : -2 * repeats : -2] if staged else spent[-repeats:])
         except ValueError as error:
             yield {"method": slug, "tokens": tokens, "refused": str(error)}
             continue
@@ -77,6 +82,7 @@ def rows_of(tokens: int, keep: int, repeats: int, methods: list[str], device: st
             "staged": staged,
             "ms": round(statistics.median(times["method"]), 1),
             "given_ms": round(statistics.median(times["given"]), 1),
+            "select_ms": round(select, 1),
             "dense_ms": round(statistics.median(dense), 1),
             "ratio": round(over, 3),
             "goal": goal,
@@ -103,6 +109,7 @@ def main() -> None:
             else:
                 print(
                     f"{row['method']:24} N {tokens:5}  {row['ms']:8.1f} ms  given {row['given_ms']:8.1f}  "
+                    f"select {row['select_ms']:7.1f}  "
                     f"dense {row['dense_ms']:8.1f}  ratio {row['ratio']:5.3f}  goal <= {row['goal']:.2f}: "
                     f"{'met' if row['met'] else 'MISSED'}{'  (staged)' if row['staged'] else ''}",
                     flush=True,
