@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import polars
 import pytest
 
 from vistok.bench import rows, run
@@ -124,11 +123,12 @@ def test_a_broken_file_is_put_aside_and_measured_again(tmp_path, content):
 
 
 def test_no_half_written_file_is_ever_there(tmp_path, monkeypatch):
-    def full(self, path):
-        Path(path).write_bytes(b"half")
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:10])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(polars.DataFrame, "write_parquet", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         made(tmp_path)
     assert list((tmp_path / "rows").iterdir()) == []

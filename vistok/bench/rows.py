@@ -6,12 +6,14 @@ put aside under its name with ".bad" behind it, and its cell counts as not measu
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .report import replace_file
 from .sweep import VERSION, Cell
 
 if TYPE_CHECKING:
@@ -86,12 +88,9 @@ def write(folder: Path, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Path:
     frame = polars.DataFrame(full, schema={name: getattr(polars, kind) for name, (kind, _) in COLUMNS.items()})
     path = place(folder, cell.key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        frame.write_parquet(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    replace_file(path, buffer.getvalue())
     return path
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
+from torch import Tensor
+
 from vistok.host.reducer import Evidence, LayerNeed, LayerSpec, Reducer, Reduction, Schedule
 
 
@@ -60,6 +62,10 @@ class Wrapper(Reducer):
     def position(self) -> Literal["keep", "recompact"]:  # type: ignore[override]
         return self.base.position
 
+    @property
+    def cache(self) -> Literal["seen", "survivors"]:  # type: ignore[override]
+        return self.base.cache
+
     def see(self, evidence: Evidence) -> Evidence:
         """What the wrapped method is shown of ``evidence``."""
         return evidence
@@ -72,3 +78,6 @@ class Wrapper(Reducer):
 
     def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
         return self.base.at_layer(self.see(evidence), keep, layer)
+
+    def come_back(self, aside: Tensor, keep: Tensor, states: Tensor) -> Tensor:
+        return self.base.come_back(aside, keep, states)
