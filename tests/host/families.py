@@ -355,7 +355,53 @@ def _paligemma() -> Any:
     return tf.PaliGemmaForConditionalGeneration(config)
 
 
+GEMMA4_VISION = dict(
+    **VISION, num_key_value_heads=4, head_dim=8, patch_size=7, pooling_kernel_size=2, position_embedding_size=64
+)
+GEMMA4_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+LARGE = dict(
+    use_bidirectional_attention="vision",
+    hidden_size_per_layer_input=0,
+    attention_k_eq_v=True,
+    num_global_key_value_heads=1,
+)
+"""As in the larger models of the family: both ways within pictures, keys that are values."""
+SMALL = dict(
+    hidden_size_per_layer_input=8, vocab_size_per_layer_input=99, num_kv_shared_layers=2, use_double_wide_mlp=True
+)
+"""As in the smaller ones: inputs of the layers' own, and keys that two layers read of the two before them."""
+
+
+def gemma4(vision: dict[str, Any] | None = None, **text: Any) -> Any:
+    text = dict(layer_types=list(GEMMA4_LAYERS), head_dim=12, global_head_dim=16, sliding_window=10) | text
+    config = tf.Gemma4Config(
+        vision_config=tf.Gemma4VisionConfig(**GEMMA4_VISION, **(vision or {})),
+        text_config=tf.Gemma4TextConfig(**(TEXT | text)),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=89,
+        **dict.fromkeys(("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index")),
+    )
+    model = tf.Gemma4ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.vision_tower.patch_embedder.position_embedding_table, std=0.3)  # 1 untrained
+    return model
+
+
+def _gemma4_pictures(sizes):
+    """8 x 8 patches, or 4 high and 6 wide, in rows padded to 72; 2 x 2 of them make a token."""
+    shapes = [(8, 8), (4, 6)]
+    places = torch.full((len(sizes), 72, 2), -1)
+    for row, size in zip(places, sizes, strict=True):
+        h, w = shapes[size]
+        row[: h * w] = torch.tensor([(x, y) for y in range(h) for x in range(w)])
+    pixels = _pixels(len(sizes), 72, 3 * 49).sigmoid().masked_fill((places < 0).all(-1)[..., None], 0)
+    tokens = [(16, 6)[size] for size in sizes]
+    inputs = {"pixel_values": pixels, "image_position_ids": places}
+    return inputs if sizes else {}, tokens, [list(range(n)) for n in tokens]
+
+
 PACKED = dict(sizes=2, patches=_qwen_patches, spent=(64, 24), units=False)
+PADDED = dict(sizes=2, patches=_mistral3_patches, spent=(64, 24), units=False, effort=False)
 
 FAMILIES = {
     family.name: family
@@ -400,6 +446,8 @@ FAMILIES = {
             effort=False,
         ),
         Family("paligemma", _paligemma, _llava_pictures, types=torch.zeros_like, effort=False),
+        Family("gemma4", lambda: gemma4(**LARGE), _gemma4_pictures, **PADDED),
+        Family("gemma4-shared", lambda: gemma4(**SMALL), _gemma4_pictures, **PADDED),
     )
 }
 
@@ -554,7 +602,7 @@ def prompt(family: Family, rows: list[list[int]], side: str = "left", text: tupl
     inputs = {"input_ids": ids, "attention_mask": torch.tensor(mask), **extra}
     if family.types is not None:
         inputs["token_type_ids"] = family.types(ids)
-    if "image_grid_thw" in extra or "video_grid_thw" in extra:
+    if not {"image_grid_thw", "video_grid_thw", "image_position_ids"}.isdisjoint(extra):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     columns = [[[c + b for c in t] for t in span] for b, span in zip(before, spans, strict=True)]
     return Prompt(inputs, columns)

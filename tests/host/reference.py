@@ -62,7 +62,11 @@ def one_row(given: dict[str, Any], row: int, mask: torch.Tensor) -> dict[str, An
     masks = given.get("attention_mask")
     if isinstance(masks, dict) or (masks is not None and masks.ndim == 4):  # what the plain model's layers may see
         masks = masks if isinstance(masks, dict) else {None: masks}
-        out["masks"] = {kind: mask[row, 0][real][:, real] for kind, mask in masks.items()}
+        causal = torch.ones(embeds.shape[1], embeds.shape[1]).tril().bool()
+        masks = {kind: causal if m is None else m[row if len(m) > 1 else 0, 0] for kind, m in masks.items()}
+        out["masks"] = {kind: m[real][:, real] for kind, m in masks.items()}
+    if given.get("per_layer_inputs") is not None:
+        out["own"] = given["per_layer_inputs"][row : row + 1, real]
     if given.get("deepstack_visual_embeds") is not None:
         visual = given["visual_pos_masks"]
         before = int(visual[:row].sum())
@@ -84,7 +88,9 @@ def run(
     the same row, sorted) go on."""
     lm, stages = language_model(model), stages or {}
     hidden, positions, places = row["embeds"][:, left], row["positions"][..., left], left
-    planes = []
+    planes, shared, own, turns = [], {}, None, {}
+    if "own" in row:
+        own = lm.project_per_layer_inputs(hidden, row["own"][:, left])
     if "planes" in row:
         numbers = torch.cumsum(row["visual"], 0) - 1
         planes = row["planes"]
@@ -92,6 +98,9 @@ def run(
         if number in stages:
             stay = torch.isin(places, stages[number])
             hidden, positions, places = hidden[:, stay], positions[..., stay], places[stay]
+            own = None if own is None else own[:, stay]
+            shared = {kind: tuple(t[:, :, stay] for t in states) for kind, states in shared.items()}
+            turns = {kind: tuple(t[:, stay] for t in rotary) for kind, rotary in turns.items()}
         if recompact:
             positions = recompact_positions(positions, torch.arange(len(places))[None])
         kinds = getattr(lm.config, "layer_types", None) if "masks" in row else None
@@ -101,7 +110,13 @@ def run(
         if lm.config._attn_implementation == "eager":
             length = hidden.shape[1]
             mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None)
+        more = {}
+        if hasattr(getattr(layer, "self_attn", None), "is_kv_shared_layer"):
+            more = {"per_layer_input": None if own is None else own[:, :, number], "shared_kv_states": shared}
+            if layer.self_attn.is_kv_shared_layer:  # the keys were turned by the positions of the layer that made them
+                rotary = turns[kind]
+            turns[kind] = rotary
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None, **more)
         if number < len(planes):
             visual = row["visual"][places]
             hidden = hidden.clone()
@@ -119,18 +134,23 @@ def longer(mask: torch.Tensor, kind: str | None, columns: torch.Tensor, model) -
 
 
 @torch.no_grad()
-def greedy(model, row, left, steps: int, stages=None, recompact: bool = False) -> list[int]:
-    """Greedy continuation, everything computed anew for each token."""
+def greedy(model, row, left, steps: int, stages=None, recompact: bool = False, logits=None) -> list[int]:
+    """Greedy continuation, everything computed anew for each token. ``logits``: a list that takes those of each."""
     stages = dict(stages or {})
     row, out = dict(row), []
     for _ in range(steps):
-        token = int(run(model, row, left, stages, recompact)[-1].argmax())
+        last = run(model, row, left, stages, recompact)[-1]
+        if logits is not None:
+            logits.append(last)
+        token = int(last.argmax())
         out.append(token)
         embed = model.get_input_embeddings()(torch.tensor([[token]]))
         row["embeds"] = torch.cat([row["embeds"], embed], 1)
         if "masks" in row:
             row["real"] = torch.cat([row["real"], row["real"][-1:] + 1])
             row["masks"] = {kind: longer(mask, kind, row["real"], model) for kind, mask in row["masks"].items()}
+        if "own" in row:
+            row["own"] = torch.cat([row["own"], language_model(model).get_per_layer_inputs(torch.tensor([[token]]))], 1)
         after = row["positions"][..., -1:] + 1
         row["positions"] = torch.cat([row["positions"], after], -1)
         if "visual" in row:

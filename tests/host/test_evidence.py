@@ -16,7 +16,10 @@ from tests.host.reducers import Asks, Staged
 from vistok.host import apply
 from vistok.host.vision import layers_of
 
-LANGUAGE = ("llava-clip", "onevision", "qwen2-vl", "qwen3-vl", "internvl", "idefics3", "glm-4v", "gemma3", "paligemma")
+LANGUAGE = (
+    *("llava-clip", "onevision", "qwen2-vl", "qwen3-vl", "internvl", "idefics3", "glm-4v"),
+    *("gemma3", "paligemma", "gemma4"),
+)
 ENCODER = ("cls_attention", "wide_cls_attention", "received_attention", "given_attention", "encoder_attention")
 
 
@@ -41,6 +44,10 @@ class Maps:
             model(**inputs)
         for handle in handles:
             handle.remove()
+        if family.name.startswith("gemma4"):
+            q, k, cuts = gemma4_patches(seen[0], seen[1], *seen["position_embeddings"], inputs["image_position_ids"])
+            self._packed(q, k, cuts, 1.0, torch.arange(len(q)))
+            return
         if family.units:
             self._units(seen, attention.num_heads, family.class_token)
             return
@@ -50,7 +57,13 @@ class Maps:
         else:
             q, k = (seen[i][0].unflatten(-1, (attention.num_heads, -1)) for i in (0, 1))
             cuts = [0, *accumulate(int(h * w) // 49 for h, w in inputs["image_sizes"])]
-        self._packed(seen, q, k, cuts, windows)
+        cos, sin = (t[:, None] for t in seen["position_embeddings"])
+        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        # Windowed encoders reorder the patches: find each one again by the value it entered with.
+        order = torch.arange(len(q))
+        if windows:
+            order = (seen["embedded"][:, None] == seen["entered"]).all(-1).int().argmax(1)
+        self._packed(q, k, cuts, 1 / math.sqrt(q.shape[-1]), order)
 
     def _units(self, seen, heads, class_token):
         q, k = (seen[i].unflatten(-1, (heads, -1)).transpose(1, 2) for i in (0, 1))
@@ -72,20 +85,13 @@ class Maps:
             part = slice(unit * count, (unit + 1) * count)
             self.encoder_attention[:, part, part] = full[unit, :, first:, first:]
 
-    def _packed(self, seen, q, k, cuts, windows):
-        cos, sin = (t[:, None] for t in seen["position_embeddings"])
-        half = lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)  # noqa: E731
-        q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
+    def _packed(self, q, k, cuts, scale, order):
         kind = torch.bucketize(torch.arange(len(q)), torch.tensor(cuts[1:]), right=True)
         apart = kind[:, None] != kind
-        logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+        logits = torch.einsum("qhd,khd->hqk", q, k) * scale
         full = logits.masked_fill(apart, -math.inf).softmax(-1)
         wide = (q.flatten(1) @ k.flatten(1).T / math.sqrt(q[0].numel())).masked_fill(apart, -math.inf).softmax(-1)
         size = (~apart).sum(0)
-        # Windowed encoders reorder the patches: find each one again by the value it entered with.
-        order = torch.arange(len(q))
-        if windows:
-            order = (seen["embedded"][:, None] == seen["entered"]).all(-1).int().argmax(1)
         self.cls_attention = (full.sum(1) / size)[:, order]
         self.received_attention = self.cls_attention.mean(0)
         self.given_attention = (1 / size)[order]
@@ -93,6 +99,23 @@ class Maps:
         self.encoder_keys = k.flatten(1)[order]
         self.encoder_mean_keys = k.mean(1)[order]
         self.encoder_attention = full[:, order][:, :, order]
+
+
+def turned(x, cos, sin):
+    """``x`` after the rotary embedding."""
+    return x * cos + torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) * sin
+
+
+def gemma4_patches(q, k, cos, sin, positions):
+    """Queries and keys (S, H, d) of all patches without padding, and where the pictures begin and end. The first half
+    of a head is turned by a patch's column, the second by its row."""
+    real = (positions >= 0).all(-1)
+    halves = [
+        [turned(*(t.chunk(2, -1)[side] for t in (x, cos[:, :, None], sin[:, :, None]))) for side in (0, 1)]
+        for x in (q, k)
+    ]
+    q, k = (torch.cat(both, -1)[real] for both in halves)
+    return q, k, [0, *accumulate(real.sum(1).tolist())]
 
 
 def of_picture(value, name, first, patches):

@@ -103,6 +103,8 @@ def test_states_after_a_layer(family):
         assert not torch.equal(order, torch.arange(len(order)))
     for place, layer in enumerate((1, 3)):
         flat = seen[layer][order]
+        if "image_position_ids" in batch.inputs:
+            flat = flat[(batch.inputs["image_position_ids"] >= 0).all(-1)]
         if flat.ndim == 3:
             flat = flat[:, int(family.class_token) :].flatten(0, 1)
         for first, size, evidence, number in pictures:
@@ -123,6 +125,9 @@ def test_pixels_of_each_token(family):
         pixels = torch.cat([picture[:count] for picture, count in zip(pixels, units, strict=True)])
     if family.name in QWEN_PIXELS:
         flat = [patch.view(3, 2, 7, 7).mean((0, 1)).flatten() for patch in pixels]
+    elif family.name.startswith("gemma4"):  # the three colours of a pixel side by side
+        real = (batch.inputs["image_position_ids"] >= 0).all(-1)
+        flat = list(pixels[real].view(-1, 49, 3).mean(-1))
     else:
         sizes = batch.inputs.get("image_sizes") if family.name == "mistral3" else None
         shapes = [pixels.shape[-2:]] * len(pixels) if sizes is None else sizes.tolist()

@@ -283,7 +283,7 @@ def test_rows_of_a_reduced_layer_move_together():
     layer.update(keys[:1].expand(3, -1, -1, -1), keys[:1].expand(3, -1, -1, -1))
     assert layer.all_columns(3, keys.device)[0].tolist() == [2, 3, 5, 6]
     mask = torch.tensor([[1, 1, 1, 0, 1, 1, 0]]).expand(3, -1)
-    assert past_mask(layer, mask, 3, keys.device)[0].tolist() == [True, False, True, False]
+    assert past_mask(layer.all_columns(3, keys.device), mask)[0].tolist() == [True, False, True, False]
     cache.crop(-2)
     assert cache.get_seq_length() == 5
     with pytest.raises(RuntimeError, match="crop: got -1"):

@@ -6,7 +6,7 @@ what it would see in the dense model: a window ends where it did, however many t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from vistok.host.stream import Stream
 class BlockStream(Stream):
     """A Stream that makes every mask itself, as (B, 1, Q, K)."""
 
-    def __init__(self, *args: Any, blocks: Tensor | None, windows: Sequence[int | None]) -> None:
+    def __init__(
+        self, *args: Any, blocks: Tensor | None, windows: Sequence[int | None], causal: Collection[int] = ()
+    ) -> None:
         """``blocks`` (B, T) int64: tokens of one number see one another, -1 is none. ``windows``: for each layer how
-        many columns back its tokens see, their own included, or None."""
+        many columns back its tokens see, their own included, or None. ``causal``: the layers in which blocks count
+        nothing."""
         super().__init__(*args)
-        self.windows = windows
+        self.windows, self.causal = windows, causal
         self._made: dict[Any, dict[str, Any]] = {}
         none = torch.full((self.batch, self.width), -1, device=self.device)
         self._blocks = none if blocks is None else blocks.to(self.device)
@@ -61,12 +64,14 @@ class BlockStream(Stream):
         real = torch.ones_like(now, dtype=torch.bool) if self.real is None else self.real
         keys, theirs, past = now, mine, 0
         if self.layers:
-            held = self.layers[layer].all_columns(self.batch, self.device)
+            held = self.past_columns(layer)
             past = held.shape[1]
             keys, theirs = torch.cat([held, now], 1), torch.cat([torch.full_like(held, -1), mine], 1)
             real = torch.cat([self.past_real(layer), real], 1)
         q, k = now[:, :, None], keys[:, None]
-        allowed = (k <= q) | ((theirs[:, None] == mine[:, :, None]) & (mine >= 0)[:, :, None])
+        allowed = k <= q
+        if layer not in self.causal:
+            allowed |= (theirs[:, None] == mine[:, :, None]) & (mine >= 0)[:, :, None]
         window = self.windows[layer]
         if window is not None:
             allowed &= k > q - window

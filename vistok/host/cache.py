@@ -13,7 +13,8 @@ padded row, positions kept); elsewhere the next forward raises RuntimeError inst
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from transformers.cache_utils import (
     QuantizedLayer,
 )
 
-from vistok.host.rows import pack, take
+from vistok.host.rows import pack, take, take_keys
 
 
 class ReducedLayer(DynamicLayer):
@@ -99,44 +100,46 @@ class ReducedLayer(DynamicLayer):
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def all_columns(self, batch: int, device: torch.device) -> Tensor:
-        """(B, held) column of every key held."""
+    def all_columns(self, batch: int, device: torch.device, held: int | None = None) -> Tensor:
+        """(B, held) column of every key held, or of the first ``held`` of them."""
+        held = self.held if held is None else held
         known = torch.empty(batch, 0, dtype=torch.int64, device=device)
         if self.columns is not None:
-            known = self.columns[:, : self.held]  # a forward under way has already said what is to come
-        later = torch.arange(known.shape[1], self.held, device=device) + self.dropped
+            known = self.columns[:, :held]  # a forward under way has already said what is to come
+        later = torch.arange(known.shape[1], held, device=device) + self.dropped
         return torch.cat([known, later.expand(len(known), -1)], 1)
 
     def keep_columns(self, survives: Tensor) -> None:
         """Let go of all keys but those of the columns ``survives`` (B, seen) bool."""
+        index = self._leave(survives)
+        self.keys, self.values = take_keys(self.keys, index), take_keys(self.values, index)
+
+    def _leave(self, survives: Tensor) -> Tensor:
+        """(B, left) int64: which of the keys held are left; as if the others were gone already."""
         columns = self.all_columns(len(survives), survives.device)
         index = pack((columns >= 0) & survives.gather(1, columns.clamp(min=0)), None)
-        self.dropped += self.held - index.shape[1]
+        self.dropped += columns.shape[1] - index.shape[1]
         self.columns = take(columns, index).masked_fill(index < 0, -1)
         self.padded = self.padded or bool((index < 0).any())
-        rows = index.clamp(min=0)[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self.keys, self.values = self.keys.gather(2, rows), self.values.gather(2, rows)
+        return index
 
-    def _index_rows(self, rows: Tensor) -> None:
+    def _move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.reordered = True
         for name in ("columns", "shift"):
             if (value := getattr(self, name)) is not None:
-                setattr(self, name, value[rows.to(value.device)])
+                setattr(self, name, move(value))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._index_rows(beam_idx)
+        self._move_rows(lambda x: x[beam_idx.to(x.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._index_rows(indices)
+        self._move_rows(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.reordered = True
-        for name in ("columns", "shift"):
-            if (value := getattr(self, name)) is not None:
-                setattr(self, name, value.repeat_interleave(repeats, dim=0))
+        self._move_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         known = 0 if self.columns is None else self.columns.shape[1]
@@ -158,6 +161,35 @@ class ReducedLayer(DynamicLayer):
         self.is_initialized = False
 
 
+class ReadingLayer(ReducedLayer):
+    """A decoder layer that has no keys of its own and reads those of an earlier one: says which of them."""
+
+    def __init__(self, source: ReducedLayer) -> None:
+        """``source``: the layer whose keys it reads."""
+        super().__init__()
+        self.source = source
+
+    @property
+    def held(self) -> int:
+        """Keys that it reads; those of a forward under way count from when the source has them."""
+        return self.source.seen - self.dropped
+
+    def keep_columns(self, survives: Tensor) -> None:
+        self._leave(survives)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._move_rows(lambda x: x[beam_idx.to(x.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._move_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._move_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """The source has done it."""
+
+
 def reduced_class(kind: type[DynamicLayer]) -> type[ReducedLayer]:
     """The ReducedLayer that keeps its keys and values as ``kind`` does."""
     if kind not in _CLASSES:
@@ -173,12 +205,29 @@ def reduced_layers(cache: Cache | None) -> list[ReducedLayer]:
     return [layer for layer in (cache.layers if cache is not None else ()) if isinstance(layer, ReducedLayer)]
 
 
-def adopt(cache: Cache, num_layers: int) -> list[ReducedLayer]:
-    """Make every layer of ``cache`` that holds keys a ReducedLayer, in place. ValueError for other kinds of cache."""
+def held(cache: Cache | None, layer: int) -> int:
+    """Keys that a layer of any cache holds."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    if isinstance(quantized := cache.layers[layer], BaseQuantizedLayer):
+        return quantized.cumulative_length
+    keys = getattr(cache.layers[layer], "keys", None)
+    return keys.shape[-2] if keys is not None and keys.numel() else 0
+
+
+def adopt(cache: Cache, num_layers: int, sources: Mapping[int, int] | None = None) -> list[ReducedLayer]:
+    """Make every layer of ``cache`` that holds keys a ReducedLayer, in place. ValueError for other kinds of cache.
+
+    ``sources``: for each layer that reads the keys of an earlier one, which; it becomes a ReadingLayer.
+    """
+    sources = sources or {}
     while len(cache.layers) < num_layers:  # DynamicCache() without a config makes its layers as they are first used
         cache.layers.append(DynamicLayer())
     for index, old in enumerate(cache.layers):
         if isinstance(old, ReducedLayer) or type(old) is LinearAttentionLayer:
+            continue
+        if index in sources:
+            cache.layers[index] = ReadingLayer(cast(ReducedLayer, cache.layers[sources[index]]))
             continue
         # A window that has seen nothing yet may hold all keys instead: its mask then says what it sees.
         fresh_window = type(old) is DynamicSlidingWindowLayer and not old.is_initialized
@@ -195,9 +244,9 @@ def adopt(cache: Cache, num_layers: int) -> list[ReducedLayer]:
     return reduced_layers(cache)
 
 
-def past_mask(layer: ReducedLayer, mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """(B, held) bool: which keys a layer holds from earlier calls are not padding. ``mask`` (B, seen + new) or None."""
-    columns = layer.all_columns(batch, device)
+def past_mask(columns: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, held) bool: which keys from earlier calls are not padding, from their ``columns`` (B, held). ``mask``
+    (B, seen + new) or None."""
     real = columns >= 0
     return real if mask is None else real & mask.bool().gather(1, columns.clamp(min=0))
 

@@ -22,10 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vistok.core.effort import attend, gated_mlp, layer_flops, tiles, window_attention
-from vistok.host.cache import ReducedLayer
+from vistok.host.cache import ReducedLayer, held
 from vistok.host.hooks import Hooks
 from vistok.host.hosts.base import Host, UnsupportedModel
-from vistok.host.log import held
 from vistok.host.pictures import Group
 from vistok.host.reducer import Evidence, Reducer, Reduction, Schedule
 from vistok.host.rows import places, take

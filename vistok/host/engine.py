@@ -161,7 +161,7 @@ class Engine:
 
     def _stream(self, kwargs: dict[str, Any], cache: Cache | None) -> Stream:
         embeds = _embeds(kwargs)
-        return self.host.stream(
+        stream = self.host.stream(
             self.host.language_model,
             cache,
             reduced_layers(cache),
@@ -171,6 +171,8 @@ class Engine:
             self.position == "recompact",
             embeds.device,
         )
+        stream.stages = self.stages
+        return stream
 
     def _places(self, prompt: Prompt) -> list[Place]:
         runs = {} if self.probe.run is None else {run.kind: run for run in self.probe.run.all}
@@ -215,7 +217,7 @@ class Engine:
         if cache is None and _uses_cache(kwargs, self.host.language_model):
             cache = kwargs["past_key_values"] = DynamicCache(config=self.host.language_model.config)
         if cache is not None:
-            adopt(cache, len(self.host.layers))
+            adopt(cache, len(self.host.layers), self.host.sources)
         stream = self.stream = self._stream(kwargs, cache)
         if reduced:
             index = pack(alive, stream.valid)
@@ -255,6 +257,10 @@ class Engine:
                 if narrowed is not None:
                     hidden = narrowed
                     kwargs = stream.feed(number, hidden, given)
+        last = stream.tail(number, hidden)
+        if last is not None:
+            hidden = last
+            kwargs = stream.feed(number, hidden, given)
         self._enters(number, module, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 

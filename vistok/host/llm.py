@@ -6,6 +6,7 @@ whole causal row: padding masked, keys of earlier turns included.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,9 +22,12 @@ from vistok.host.text import question_of
 Rotary = tuple[Tensor, Tensor]
 
 
-def _rotary(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The model's own ``apply_rotary_pos_emb``."""
-    return sys.modules[type(attention).__module__].apply_rotary_pos_emb
+def _rotated(x: Tensor, attention: Any, rotary: Rotary) -> Tensor:
+    """Queries or keys (B, H, T, d) after the model's own ``apply_rotary_pos_emb``."""
+    rotate: Callable[..., Any] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if "x" in inspect.signature(rotate).parameters:  # one at a time (Gemma 4)
+        return rotate(x, *rotary)
+    return rotate(x, x, *rotary)[0]
 
 
 def _heads(x: Tensor, attention: Any, norm: str) -> Tensor:
@@ -53,11 +57,15 @@ class LayerView:
         self.attention = layer.self_attn
         self.rotary: Rotary = given["position_embeddings"]
         self.normed = layer.input_layernorm(hidden)
-        keys = _heads(self.attention.k_proj(self.normed), self.attention, "k_norm")
-        self.new_keys = _rotary(self.attention)(keys, keys, *self.rotary)[1]
         self.new_real = real
         self.past = 0 if past is None else past[0].shape[2]
-        self.keys = self.new_keys if past is None else torch.cat([past[0], self.new_keys], 2)
+        if getattr(self.attention, "is_kv_shared_layer", False):  # an earlier layer's keys, past and new (Gemma 4)
+            self.keys: Tensor = given["shared_kv_states"][self.attention.layer_type][0]
+            self.new_keys = self.keys[:, :, self.past :]
+        else:
+            keys = _heads(self.attention.k_proj(self.normed), self.attention, "k_norm")
+            self.new_keys = _rotated(keys, self.attention, self.rotary)
+            self.keys = self.new_keys if past is None else torch.cat([past[0], self.new_keys], 2)
         self.real = real if past is None else torch.cat([past[1], real], 1)
         self.allowed: Tensor | None = None
         if own_mask:
@@ -73,7 +81,7 @@ class LayerView:
             q = q.unflatten(-1, (-1, 2, self.attention.head_dim))[..., 0, :].flatten(-2)
         q = _heads(q, self.attention, "q_norm")
         cos, sin = (t.expand(len(self.normed), -1, -1)[at] for t in self.rotary)
-        return _rotary(self.attention)(q, q, cos, sin)[0]
+        return _rotated(q, self.attention, (cos, sin))
 
     def inputs(self, rows: Tensor, columns: Tensor) -> dict[str, Any]:
         """What ``attention_rows`` takes for the queries at ``columns`` (G, Q) of ``rows`` (G,)."""

@@ -107,9 +107,9 @@ class Log:
         if spent is not None:
             self.flops[self._stage] += spent
             return
-        cache = kwargs.get("past_key_values")
         batch, width = hidden.shape[:2]
-        self.flops[self._stage] += batch * self.host.layer_flops(layer, width, width + held(cache, number))
+        keys = self.host.layer_keys(number, width, kwargs)
+        self.flops[self._stage] += batch * self.host.layer_flops(layer, width, keys)
 
     def ends(self, cache: Cache | None) -> None:
         if self._start is not None:
@@ -139,16 +139,6 @@ class Log:
             positions = left[picture.row, picture.index]
             picture.layers[layer] = len(positions)
             picture.layer_keep[layer] = positions
-
-
-def held(cache: Cache | None, layer: int) -> int:
-    """Keys that a layer holds."""
-    if cache is None or layer >= len(cache.layers):
-        return 0
-    if isinstance(quantized := cache.layers[layer], BaseQuantizedLayer):
-        return quantized.cumulative_length
-    keys = getattr(cache.layers[layer], "keys", None)
-    return keys.shape[-2] if keys is not None and keys.numel() else 0
 
 
 def _tensors(layer: Any) -> list[Tensor | None]:

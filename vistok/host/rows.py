@@ -38,6 +38,12 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return out.masked_fill(index < 0, 0)
 
 
+def take_keys(x: Tensor, index: Tensor) -> Tensor:
+    """Keys or values ``x`` (B, H, S, d) gathered by ``index`` (B, S'): (B, H, S', d); at -1 stands anything."""
+    at = index.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, at)
+
+
 def places(index: Tensor, width: int) -> Tensor:
     """(B, width) int64: where each column went, the inverse of ``index`` (B, T'); -1 for the ones that are gone."""
     out = torch.full((len(index), width + 1), -1, dtype=torch.int64, device=index.device)

@@ -57,9 +57,14 @@ class Steps:
         for method, keep in zip(self.methods, self._keeps(group), strict=True):
             schedule = method.schedule(left, min(keep, left), depth)
             _check_schedule(method, schedule, left, depth, len(self.methods))
-            for layer, count in schedule.layers.items():
+            aside: int | None = None
+            for layer, count in sorted(schedule.layers.items()):
                 if count < schedule.input:
                     self.host.check_stage(method, layer)
+                    aside = layer if aside is None else aside
+                elif aside is not None:
+                    self.host.check_return(method, aside, layer)
+                    aside = None
             group.schedules.append(schedule)
             left = schedule.input
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import BaseQuantizedLayer, Cache
 from transformers.masking_utils import create_causal_mask
 
 from vistok.core.position import recompact_positions
@@ -50,7 +51,10 @@ class Stream:
         self.positions = positions.expand(*positions.shape[:-2], self.batch, self.width)
         self.index = torch.arange(self.width, device=device).expand(self.batch, -1)
         self.narrowings = 0
+        self.stages: Collection[int] = ()
+        """The decoder layers before which columns will be dropped or come back."""
         self._before = [(layer.dropped, layer.stage, layer.shift) for layer in layers]
+        self._held = [layer.held for layer in layers]
         self._past: dict[tuple[int, ...], Tensor] = {}
         self._given: tuple[int, tuple[int, ...]] | None = None
         self._local = self.index
@@ -70,12 +74,16 @@ class Stream:
         """(B, held) bool: which keys that ``layer`` holds from earlier calls are not padding."""
         stage = self._before[layer][1]
         if stage not in self._past:
-            self._past[stage] = past_mask(self.layers[layer], self.mask, self.batch, self.device)
+            self._past[stage] = past_mask(self.past_columns(layer), self.mask)
         return self._past[stage]
+
+    def past_columns(self, layer: int) -> Tensor:
+        """(B, held): the column of each key that ``layer`` holds from earlier calls."""
+        return self.layers[layer].all_columns(self.batch, self.device, self._held[layer])
 
     def past_keys(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The keys (B, Hk, P, d) that ``layer`` holds from earlier calls and which of them are real (B, P), if any."""
-        if not self.layers or not self.layers[layer].held:
+        if not self.layers or not self._held[layer]:
             return None
         return self.layers[layer].held_keys, self.past_real(layer)
 
@@ -108,7 +116,7 @@ class Stream:
             dropped, stage, shift = self._before[number]
             if stage not in columns:
                 coming = torch.where(self.index < 0, -1, self.index + self.seen)
-                columns[stage] = torch.cat([kept.all_columns(self.batch, self.device), coming], 1)
+                columns[stage] = torch.cat([self.past_columns(number), coming], 1)
                 shifted[stage] = self.place(shift)[1]
             kept.columns = columns[stage]
             kept.dropped = dropped + self.width - self.index.shape[1]
@@ -124,7 +132,7 @@ class Stream:
         survives = torch.zeros(self.batch, last.seen + 1, dtype=torch.bool, device=self.device)
         survives = survives.scatter(1, torch.where(columns < 0, last.seen, columns), True)[:, : last.seen]
         for layer in self.layers[first:-1]:
-            if type(layer) is ReducedLayer:
+            if not isinstance(layer, BaseQuantizedLayer):
                 layer.keep_columns(survives)
                 same = torch.equal(layer.all_columns(self.batch, self.device), columns)
                 alike = same and layer.shift is last.shift is None
@@ -177,6 +185,11 @@ class Stream:
                 rotary = tuple(take(t, self._local) for t in given["position_embeddings"])
             self._now[key] = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         return given | self._now[key]
+
+    def tail(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What of ``hidden`` (B, T', D) decoder layer ``layer`` and those after it are to compute, None for all: the
+        last columns where no other is asked for any more."""
+        return None
 
     def number(self, layer: int) -> int:
         """Which layer of the decoder ``layers[layer]`` is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +95,35 @@ class PackedTap:
             held.clear()
             q, k = self.rotate(q, k, *angles)
             use(cut(q, k, module.scaling, cuts, self.order()))
+
+        hooks.after(self.attention, attended)
+
+
+@dataclass
+class RowsTap:
+    """An attention module that works on rows of patches padded to one length, each turned by its place (Gemma 4)."""
+
+    attention: Any
+    query: Any
+    key: Any
+    """What its queries and keys (U, M, H, d) leave before they are turned."""
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    slots: Callable[[], tuple[Tensor, list[int]]]
+    """(S,) where each patch is in the rows laid flat, row after row, and how many each row has."""
+
+    def install(self, hooks: Hooks, use: Callable[[list[Queries]], None]) -> None:
+        held: dict[str, Any] = {}
+        hooks.before(self.attention, lambda module, args, kwargs: held.update(kwargs))
+        hooks.after(self.query, lambda module, args, output: held.update(q=output))
+        hooks.after(self.key, lambda module, args, output: held.update(k=output))
+
+        def attended(module: Any, args: Any, output: Any) -> None:
+            turns = *held["position_embeddings"], held["position_ids"]
+            q, k = (self.rotate(held[name].detach(), *turns).flatten(0, 1) for name in "qk")
+            held.clear()
+            flat, lengths = self.slots()
+            k = k.repeat_interleave(module.num_key_value_groups, 1)
+            use(cut(q[flat], k[flat], module.scaling, [0, *accumulate(lengths)]))
 
         hooks.after(self.attention, attended)
 

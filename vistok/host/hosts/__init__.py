@@ -7,6 +7,7 @@ from typing import Any
 from vistok.host.hosts.anyres import AnyresHost
 from vistok.host.hosts.base import Host, UnsupportedModel
 from vistok.host.hosts.gemma import Gemma3Host, PaliGemmaHost
+from vistok.host.hosts.gemma4 import Gemma4Host
 from vistok.host.hosts.glm import GlmHost
 from vistok.host.hosts.idefics import IdeficsHost
 from vistok.host.hosts.internvl import InternVLHost
@@ -33,6 +34,7 @@ FAMILIES: dict[str, type[Host]] = {
     "Glm4vForConditionalGeneration": GlmHost,
     "Glm46VForConditionalGeneration": GlmHost,
     "Gemma3ForConditionalGeneration": Gemma3Host,
+    "Gemma4ForConditionalGeneration": Gemma4Host,
     "PaliGemmaForConditionalGeneration": PaliGemmaHost,
 }
 
@@ -42,8 +44,6 @@ _WHY_NOT = {
     "Glm4vMoeForConditionalGeneration": "its mixture-of-experts decoder is neither tested nor counted",
     "Gemma3nForConditionalGeneration": "its decoder gets an input of its own for each token in every layer, which the "
     "host does not shorten",
-    "Gemma4ForConditionalGeneration": "its decoder gets an input of its own for each token in every layer and shares "
-    "keys and values between layers, which the host does not shorten",
     "Idefics2ForConditionalGeneration": "its resampler mixes all patches in each token, so none has a place on the "
     "picture",
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core import flops
+from vistok.host.cache import held
 from vistok.host.hooks import Hooks
 from vistok.host.layout import Kind, Layout
 from vistok.host.reducer import Reducer
@@ -37,6 +38,8 @@ class Host(ABC):
     """The name of the encoder's first argument."""
     videos = False
     """Whether the adapter can serve videos."""
+    sources: Mapping[int, int] = {}
+    """For each decoder layer that reads the keys and values of an earlier one, which."""
     kind: Kind = "image"
     """What the vision encoder is given now."""
     clips: tuple[int, ...] = ()
@@ -89,6 +92,16 @@ class Host(ABC):
     def check_stage(self, method: Reducer, layer: int) -> None:
         """Raise ValueError if ``method`` cannot drop tokens before decoder layer ``layer``."""
         return None
+
+    def check_return(self, method: Reducer, aside: int, layer: int) -> None:
+        """Raise ValueError if ``method`` cannot bring tokens back before decoder layer ``layer`` that were set aside
+        before layer ``aside``."""
+        return None
+
+    def layer_keys(self, number: int, width: int, given: Mapping[str, Any]) -> int:
+        """How many keys ``width`` tokens of one row look at in decoder layer ``number`` (they themselves included),
+        which is about to run with the keyword arguments ``given``."""
+        return width + held(given.get("past_key_values"), number)
 
     def layer_flops(self, layer: Any, tokens: int, keys: int) -> int:
         """Floating-point operations of a decoder layer for ``tokens`` tokens of one row that look at ``keys`` (they

@@ -24,15 +24,19 @@ class PaliGemmaHost(Host):
 
     windowed = True
     own_masks = True
+    encoder = "siglip_vision_model"
     decoder = "gemma"
+    """``model_type`` of the encoder and the decoder that it serves."""
+    types_argument = "token_type_ids"
+    """The name of the argument that says of each token of the prompt what it is."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         tower, decoder = model.config.vision_config.model_type, self.language_model.config.model_type
-        if (tower, decoder) != ("siglip_vision_model", self.decoder):
+        if (tower, decoder) != (self.encoder, self.decoder):
             raise UnsupportedModel(
                 f"{self.name} with a {tower} encoder and a {decoder} decoder: not supported yet; supported are "
-                f"siglip_vision_model and {self.decoder}"
+                f"{self.encoder} and {self.decoder}"
             )
         config = self.language_model.config
         if config._attn_implementation not in ("sdpa", "eager"):
@@ -61,7 +65,7 @@ class PaliGemmaHost(Host):
         def called(module: Any, args: Any, kwargs: Any) -> None:
             self._padding = kwargs.get("attention_mask")
             pictures = kwargs.get("pixel_values") is not None or bool(kwargs.get("mm_encoder_outputs"))
-            self._blocks = self.blocks_of(kwargs.get("token_type_ids")) if pictures else None
+            self._blocks = self.blocks_of(kwargs.get(self.types_argument)) if pictures else None
 
         hooks.before(self.base, called)
         super().watch(hooks, probe)
@@ -80,8 +84,11 @@ class PaliGemmaHost(Host):
 
     def stream(self, *args: Any) -> Stream:
         _, _, _, (_, width), *_ = args
-        blocks = None if self._blocks is None else self._blocks[:, -width:]
-        return BlockStream(*args, blocks=blocks, windows=self.windows)
+        return BlockStream(*args, blocks=self.blocks_now(width), windows=self.windows)
+
+    def blocks_now(self, width: int) -> Tensor | None:
+        """``blocks_of`` the last ``width`` tokens, those of this forward."""
+        return None if self._blocks is None else self._blocks[:, -width:]
 
     # The vision encoder ---------------------------------------------------------------------------------------------
 
@@ -123,12 +130,14 @@ class Gemma3Host(PaliGemmaHost):
         self.merge = self.projector.kernel_size**2
 
     def blocks_of(self, types: Tensor | None) -> Tensor | None:
-        if types is None:
-            return None
-        picture = types == 1
-        first = picture & ~torch.nn.functional.pad(picture, (1, 0))[:, :-1]
-        return torch.where(picture, first.cumsum(1) - 1, -1)
+        return None if types is None else runs_of(types == 1)
 
     def project(self, tokens: Tensor) -> Tensor:
         pooled = tokens.unflatten(-1, (self.merge, -1)).mean(-2)
         return self.projector.mm_soft_emb_norm(pooled) @ self.projector.mm_input_projection_weight
+
+
+def runs_of(picture: Tensor) -> Tensor:
+    """(B, T) int64: the number of the run of True that each token of ``picture`` (B, T) bool is in, -1 for none."""
+    first = picture & ~torch.nn.functional.pad(picture, (1, 0))[:, :-1]
+    return torch.where(picture, first.cumsum(1) - 1, -1)
