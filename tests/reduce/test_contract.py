@@ -10,6 +10,7 @@ import torch
 import vistok
 from tests.reduce.synthetic import Trial, cast, evidence, mapped, rows
 from vistok.catalogue import Outcome, claim_of, methods
+from vistok.host.recipe import Recipe
 from vistok.host.reducer import Reducer, Reduction
 
 KEEPS_ALL = {"yopo"}
@@ -86,7 +87,9 @@ def test_all_tokens_is_the_identity(name):
 def test_a_token_alone_in_its_slot_keeps_its_value(name):
     """Of a method that only drops, every kept row is bit for bit the one that was given."""
     reducer = vistok.create(name)
-    if type(reducer).compress is not Reducer.compress:
+    kind = type(reducer)
+    chain = isinstance(reducer, Recipe) and kind.merge is Recipe.merge
+    if kind.compress is not (Recipe if chain else Reducer).compress:
         pytest.skip("merges")
     for given in pictures(reducer, (6, 10)):
         reduction = reducer.reduce(given, 17)

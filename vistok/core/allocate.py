@@ -1,8 +1,9 @@
 """How many tokens each region, crop, frame or layer gets.
 
 ``split_budget`` is the largest-remainder (Hamilton) apportionment with capacities: what a full group cannot take goes
-to the others in proportion to their weights. ``softmax_shares`` turns scores into weights. ``layer_schedule`` gives the
-share of the tokens that each layer of a model sees (PyramidDrop, arXiv 2410.17247, falls in geometric stages).
+to the others in proportion to their weights. ``softmax_shares`` turns scores into weights, ``even_sizes`` cuts a
+sequence into parts to be given a budget. ``layer_schedule`` gives the share of the tokens that each layer of a model
+sees (PyramidDrop, arXiv 2410.17247, falls in geometric stages).
 """
 
 from __future__ import annotations
@@ -99,6 +100,15 @@ def softmax_shares(scores: Tensor, temperature: float = 1.0) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"temperature: got {temperature}, must be greater than 0")
     return torch.softmax(scores.double() / temperature, dim=-1)
+
+
+def even_sizes(n: int, parts: int) -> list[int]:
+    """Sizes of ``parts`` contiguous parts of ``n`` tokens, as even as possible, the larger ones first.
+
+    At least one part and at most ``n`` (each then has a token).
+    """
+    parts = min(max(parts, 1), n)
+    return [n // parts + (i < n % parts) for i in range(parts)]
 
 
 def layer_schedule(

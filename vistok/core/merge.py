@@ -1,4 +1,4 @@
-"""Where the other tokens end: every merge returns ``Merged`` and conserves mass (but ``dominant_contextual`` and
+"""Where the other tokens end: every merge returns ``Merged`` and conserves mass (but ``fold_contextual`` and
 ``soft_matching_rounds``).
 
 Mass: the sum over slots of ``size * tokens`` equals the sum of ``size * x`` over the input tokens that were not
@@ -94,29 +94,51 @@ def dominant_contextual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots of ``x`` (B, N, D): the ``dominant`` best by ``score`` (B, N) in raster order, then ``contextual`` anchors.
 
-    The anchors stand at a uniform stride of the rest. ``metric`` (B, N, d) decides by cosine which of them each
-    left-over token joins; without anchors it is dropped. An anchor's value is its own plus the mean of those that
-    joined it (VisionZip arXiv 2412.04467), or with ``average`` the mean of all of them. Dominant values are those of
-    ``x``, bit for bit. Returns the slots' positions (B, K) int64, values (B, K, D) and the slot (B, N) of each token,
-    -1 where it was dropped. ValueError unless ``dominant + contextual`` is between 0 and N.
+    ``dominant_and_spread`` chooses them, ``fold_contextual`` gives their values by ``metric`` (B, N, d). Returns the
+    slots' positions (B, K) int64, values (B, K, D) and the slot (B, N) of each token, -1 where it was dropped.
+    ValueError unless ``dominant + contextual`` is between 0 and N.
     """
-    b, n, _ = x.shape
+    picks = dominant_and_spread(score, dominant, contextual)
+    return picks, *fold_contextual(x, metric, picks, contextual, average)
+
+
+def dominant_and_spread(score: Tensor, dominant: int, contextual: int) -> Tensor:
+    """(B, K): the ``dominant`` best by ``score`` (B, N) in raster order, then ``contextual`` at a uniform stride of the
+    rest. ValueError unless they add up to between 0 and N."""
+    n = score.shape[1]
     if dominant < 0 or contextual < 0 or dominant + contextual > n:
         raise ValueError(f"dominant, contextual: got {dominant}, {contextual}, must add up to at most the {n} tokens")
     best = ranking(score)[:, :dominant].sort(1).values
+    if not contextual:
+        return best
+    others = rest(best, n)
+    return torch.cat([best, others[:, :: max(1, others.shape[1] // contextual)][:, :contextual]], 1)
+
+
+def fold_contextual(
+    x: Tensor, metric: Tensor, picks: Tensor, contextual: int, average: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Values (B, K, D) of the slots ``picks`` (B, K), the last ``contextual`` of which take in what was not picked.
+
+    ``metric`` (B, N, d) decides by cosine which of these anchors each left-over token of ``x`` (B, N, D) joins; without
+    anchors it is dropped. An anchor's value is its own plus the mean of those that joined it (VisionZip arXiv
+    2412.04467), or with ``average`` the mean of all of them. The other values are those of ``x``, bit for bit. Also
+    returns the slot (B, N) of each token, -1 where it was dropped.
+    """
+    b, n, _ = x.shape
+    dominant = picks.shape[1] - contextual
+    best, anchors = picks[:, :dominant], picks[:, dominant:]
     place = torch.arange(dominant, device=x.device).expand(b, dominant)
     if not contextual:
-        return best, take(x, best), best.new_full((b, n), -1).scatter(1, best, place)
-    others = rest(best, n)
-    anchors = others[:, :: max(1, others.shape[1] // contextual)][:, :contextual]
-    left = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)
+        return take(x, best), best.new_full((b, n), -1).scatter(1, best, place)
+    left = torch.ones(b, n, dtype=torch.bool, device=x.device).scatter(1, best, False)
     group = nearest_slot(metric, anchors, left)
     if average:
         folded = size_weighted_mean(x, group, contextual).tokens
     else:
         folded = take(x, anchors) + size_weighted_mean(x, group.scatter(1, anchors, -1), contextual).tokens
     source = torch.where(group < 0, -1, group + dominant).scatter(1, best, place)
-    return torch.cat([best, anchors], 1), torch.cat([take(x, best), folded], 1), source
+    return torch.cat([take(x, best), folded], 1), source
 
 
 def bipartite_soft_matching(

@@ -20,7 +20,6 @@ rule for other methods that mix attended and diverse tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,8 @@ from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cls_mean, entropy
 from vistok.core.select import nms
 from vistok.core.tensors import gram, upcast
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 from vistok.reduce.divprune import DivPrune
 from vistok.reduce.fastervlm import FasterVLM
 
@@ -52,7 +52,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class AgilePruner(Reducer):
+class AgilePruner(Recipe):
     """Attention with suppression that adapts to the picture."""
 
     erank_average: float = 53.0
@@ -75,8 +75,8 @@ class AgilePruner(Reducer):
             raise ValueError(f"coefficient: got {self.coefficient}, must be 0 or more")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_attention": self.layer, "encoder_features": None}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"cls_attention": self.layer}, "select": {"encoder_features": None}}
 
     def thresholds(self, rank: Tensor, keep: int) -> Tensor:
         """(B, keep) cosine distances for pictures of effective rank ``rank`` (B,), one for each accepted token."""
@@ -84,10 +84,12 @@ class AgilePruner(Reducer):
         tau = self.coefficient * order * (rank.double() / self.erank_average)[:, None]
         return tau.clamp_max(self.tau_max)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
+        return cls_mean(evidence.cls_attention)
+
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
         features = evidence.encoder_features
-        tau = self.thresholds(erank(features, self.center), keep)
-        return nms(cls_mean(evidence.cls_attention), features, keep, tau)
+        return nms(scores, features, keep, self.thresholds(erank(features, self.center), keep))
 
 
 def erank(x: Tensor, center: bool = False) -> Tensor:

@@ -16,16 +16,16 @@ rank of the features nothing adds volume, and the first tokens left over follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import text_similarity
 from vistok.core.select import greedy_dpp_features
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.choices import quality
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (CDPruner)",
@@ -46,7 +46,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class CDPruner(Reducer):
+class CDPruner(Recipe):
     """Determinantal point process conditioned on the question."""
 
     theta: float | None = None
@@ -60,21 +60,24 @@ class CDPruner(Reducer):
             raise ValueError(f"theta: got {self.theta}, must be in [0, 1), or None")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"text": None}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"text": None}}
 
-    def relevance(self, evidence: Evidence) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
+        similarity = text_similarity(evidence.features, evidence.text, evidence.text_mask)
+        return -similarity if self.negative else similarity
+
+    def weights(self, scores: Tensor) -> Tensor:
         """(B, N), greater than 0: what each token counts for in the kernel."""
-        score = text_similarity(evidence.features, evidence.text, evidence.text_mask)
-        score = -score if self.negative else score
-        low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
-        # Cosines that differ by no more than rounding are equal.
-        spread = torch.where(high - low > 16 * torch.finfo(score.dtype).eps, high - low, torch.inf)
-        scaled = torch.where(spread.isinf(), 1, (score - low + 1e-6) / spread)
+        scaled = quality(scores)
         return scaled if self.theta is None else ((scaled - 1) * self.theta / (2 * (1 - self.theta))).exp()
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return greedy_dpp_features(evidence.features, keep, self.relevance(evidence))
+    def relevance(self, evidence: Evidence) -> Tensor:
+        """``weights`` of its own scores."""
+        return self.weights(self.scores(evidence))
+
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        return greedy_dpp_features(evidence.features, keep, self.weights(scores))
 
 
 def claim(trial: Trial) -> Outcome:

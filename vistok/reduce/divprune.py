@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.select import farthest_points
-from vistok.host.reducer import Evidence, Reducer
+from vistok.host.recipe import Recipe
+from vistok.host.reducer import Evidence
 from vistok.reduce.fastervlm import FasterVLM
 from vistok.reduce.random import Random
 
@@ -36,12 +37,12 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class DivPrune(Reducer):
+class DivPrune(Recipe):
     """Greedy max-min diversity. No hyper-parameters; a larger ``keep`` keeps a superset."""
 
     whole_picture: ClassVar[bool] = True
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
         return farthest_points(evidence.features, keep, "isolated", "cosine")
 
 

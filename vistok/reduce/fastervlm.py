@@ -12,15 +12,14 @@ patches of a token: outside the paper, and reported to be poor across a pixel sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cls_mean
-from vistok.core.select import topk
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="[CLS] Attention is All You Need for Training-Free Visual Token Pruning (FasterVLM)",
@@ -37,18 +36,18 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class FasterVLM(Reducer):
+class FasterVLM(Recipe):
     """Top-k by class-token attention. No gradient, no state; a larger ``keep`` keeps a superset."""
 
     layer: int = -2
     """Encoder layer whose attention ranks the tokens; -2 is the layer that made LLaVA's features."""
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_attention": self.layer}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"cls_attention": self.layer}}
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return topk(cls_mean(evidence.cls_attention), keep)
+    def scores(self, evidence: Evidence) -> Tensor:
+        return cls_mean(evidence.cls_attention)
 
 
 def claim(trial: Trial) -> Outcome:

@@ -18,7 +18,6 @@ released code takes all text around it, system prompt included. Encoders without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +28,8 @@ from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cls_mean
 from vistok.core.select import drop_duplicates_even_odd
 from vistok.core.tensors import length, ranking, take, unit, upcast
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="FlashVLM: Text-Guided Visual Token Selection for Large Multimodal Models",
@@ -55,7 +55,7 @@ FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class FlashVLM(Reducer):
+class FlashVLM(Recipe):
     """Attention and relevance to the question for one half of the tokens, few duplicates in the other."""
 
     eta: float = 0.5
@@ -90,8 +90,8 @@ class FlashVLM(Reducer):
             raise ValueError(f"parity: got {self.parity!r}, must be 'paper' or 'authors'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"encoder_features": None, "cls_attention": self.layer, "text": None}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"cls_attention": self.layer, "text": None}, "select": {"encoder_features": None}}
 
     def relevance(self, evidence: Evidence) -> Tensor:
         """(B, N) in [0, 1]: what the question asks for; 0 for a picture without a question."""
@@ -114,8 +114,8 @@ class FlashVLM(Reducer):
         """(B, N) what the important half is chosen by."""
         return log_fuse(rescaled(upcast(cls_mean(evidence.cls_attention))), self.relevance(evidence), self.eta)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        order, important = ranking(self.scores(evidence)), int(self.important * keep)
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        order, important = ranking(scores), int(self.important * keep)
         others = order[:, important:]
         background = take(evidence.encoder_features, others)
         places = drop_duplicates_even_odd(background, keep - important, self.step, order="author")

@@ -12,7 +12,6 @@ tokens of the next row fill it (the paper keeps floor(ratio * rows) rows, at lea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.select import rows, topk
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="FoPru: Focal Pruning for Efficient Large Vision-Language Models",
@@ -37,7 +37,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class FoPru(Reducer):
+class FoPru(Recipe):
     """Top-k tokens or rows by the attention that they receive (or give)."""
 
     strategy: Literal["rank", "row"] = "rank"
@@ -50,25 +50,24 @@ class FoPru(Reducer):
             raise ValueError(f"strategy: got {self.strategy!r}, must be 'rank' or 'row'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"received_attention": self.layer, "given_attention": self.layer}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"received_attention": self.layer, "given_attention": self.layer}}
 
-    def score(self, evidence: Evidence) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
         """(B, N) the one of the two vectors that varies more in that picture; received where they vary alike."""
         received, given = evidence.received_attention, evidence.given_attention
         varies_more = given.double().var(1, keepdim=True) > received.double().var(1, keepdim=True)
         return torch.where(varies_more, given, received)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        score = self.score(evidence)
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
         if self.strategy == "rank":
-            return topk(score, keep)
+            return topk(scores, keep)
         if evidence.grid is None:
             raise ValueError("strategy: 'row' needs the tokens of a whole grid; these were reduced before, use 'rank'")
         width = evidence.grid[1]
-        best = rows(score, evidence.grid, -(-keep // width))
+        best = rows(scores, evidence.grid, -(-keep // width))
         whole, last = best.split([keep // width * width, best.shape[1] - keep // width * width], 1)
-        return torch.cat([whole, last.gather(1, topk(score.gather(1, last), keep % width))], 1)
+        return torch.cat([whole, last.gather(1, topk(scores.gather(1, last), keep % width))], 1)
 
 
 def claim(trial: Trial) -> Outcome:

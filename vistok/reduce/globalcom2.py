@@ -23,7 +23,6 @@ host's ``position="recompact"``). Its use of the first picture's scores for all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,9 +32,10 @@ from torch.nn.functional import interpolate, normalize
 
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.allocate import softmax_shares, split_budget
-from vistok.core.select import topk, topk_per_group
+from vistok.core.select import topk_per_group
 from vistok.core.tensors import take, upcast
-from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction
+from vistok.host.recipe import Recipe, Shares, SlotNeeds
+from vistok.host.reducer import Evidence, Reduction
 from vistok.reduce._crops import crop_boxes, rows_and_columns, shown_by
 
 CARD = Card(
@@ -60,7 +60,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class GlobalCom2(Reducer):
+class GlobalCom2(Recipe):
     """Ratios for the crops and a map for their tokens from the thumbnail, top-k in each part."""
 
     temperature: float = 10.0
@@ -88,8 +88,9 @@ class GlobalCom2(Reducer):
         return self.parity == "authors"
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_logits" if self.score == "logits" else "cls_attention": self.layer}
+    def slot_needs(self) -> SlotNeeds:
+        row = {"cls_logits" if self.score == "logits" else "cls_attention": self.layer}
+        return {"score": row, "allocate": row}
 
     def own_scores(self, evidence: Evidence) -> list[Tensor]:
         """(B, n) for each part: its class token's scores, thumbnail first."""
@@ -136,9 +137,9 @@ class GlobalCom2(Reducer):
         weights = torch.cat([torch.ones_like(weights[:, :1]), weights], 1) * sizes
         return split_budget(weights, keep, capacity=sizes)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        scores, sizes = self.scores(evidence), [h * w for h, w in evidence.crops]
-        return topk_per_group(scores, sizes, self.budgets(evidence, keep)) if sizes else topk(scores, keep)
+    def allocate(self, evidence: Evidence, scores: Tensor, keep: int) -> Shares | None:
+        sizes = [h * w for h, w in evidence.crops]
+        return Shares(sizes, self.budgets(evidence, keep)) if sizes else None
 
     def compress(self, evidence: Evidence, keep: int) -> Reduction:
         if self.parity == "authors" and evidence.crops:

@@ -14,7 +14,6 @@ buffers, anchors go first (the released code fails there).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +23,8 @@ from torch import Tensor
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.position import grid_neighbours
 from vistok.core.select import topk
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
@@ -43,7 +43,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class HiPrune(Reducer):
+class HiPrune(Recipe):
     """Anchors, buffers and registers."""
 
     alpha: float = 0.1
@@ -62,17 +62,22 @@ class HiPrune(Reducer):
             raise ValueError(f"parity: got {self.parity!r}, must be 'paper' or 'authors'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"received_attention": (self.object_layer, self.layer)}
+    def slot_needs(self) -> SlotNeeds:
+        layers = {"received_attention": (self.object_layer, self.layer)}
+        return {"score": layers, "select": layers}
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
+        _, deep = evidence.received_attention
+        return deep
+
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
         if evidence.grid is None:
             raise ValueError("evidence: HiPrune needs the tokens of a whole grid; these were reduced before")
-        middle, deep = evidence.received_attention
+        middle, _ = evidence.received_attention
         anchors = topk(middle, round(keep * self.alpha / 5))
         buffers = grid_neighbours(anchors, evidence.grid, wrap=self.parity == "authors")
-        score = deep.masked_fill(buffers, torch.finfo(deep.dtype).max).scatter(1, anchors, torch.inf)
-        return topk(score, keep)
+        first = scores.masked_fill(buffers, torch.finfo(scores.dtype).max).scatter(1, anchors, torch.inf)
+        return topk(first, keep)
 
 
 def claim(trial: Trial) -> Outcome:

@@ -17,7 +17,6 @@ the crops share by size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,8 +26,8 @@ from torch import Tensor
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.allocate import split_budget
 from vistok.core.score import cls_mean
-from vistok.core.select import topk, topk_per_group
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, Shares, SlotNeeds
+from vistok.host.reducer import Evidence
 from vistok.reduce._crops import shown_by
 from vistok.reduce.prumerge import PruMerge
 
@@ -52,7 +51,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class HiRED(Reducer):
+class HiRED(Recipe):
     """Budgets for the crops by content in the thumbnail, top-k by class-token attention in each part."""
 
     alpha: float = 0.5
@@ -79,8 +78,9 @@ class HiRED(Reducer):
         return self.parity == "authors"
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_attention": (self.content_layer, self.layer)}
+    def slot_needs(self) -> SlotNeeds:
+        layers = {"cls_attention": (self.content_layer, self.layer)}
+        return {"score": layers, "allocate": layers}
 
     def marks(self, evidence: Evidence) -> Tensor:
         """(B, J) float64: marked tokens of the thumbnail in the region of each crop."""
@@ -112,12 +112,12 @@ class HiRED(Reducer):
             crops = split_budget(marks, rest, capacity)
         return torch.cat([crops.new_full((len(crops), 1), thumbnail), crops], 1)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        attention = cls_mean(evidence.cls_attention[1])
-        if not evidence.crops:
-            return topk(attention, keep)
+    def scores(self, evidence: Evidence) -> Tensor:
+        return cls_mean(evidence.cls_attention[1])
+
+    def allocate(self, evidence: Evidence, scores: Tensor, keep: int) -> Shares | None:
         sizes = [h * w for h, w in evidence.crops]
-        return topk_per_group(attention, sizes, self.budgets(evidence, keep))
+        return Shares(sizes, self.budgets(evidence, keep)) if sizes else None
 
 
 def top_share(scores: Tensor, count: int) -> Tensor:

@@ -17,7 +17,6 @@ stand in that order on ascending places (closest to the released runs with the h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,11 +25,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.allocate import split_budget
+from vistok.core.allocate import even_sizes, split_budget
 from vistok.core.score import cls_mean, cosine
 from vistok.core.select import topk_per_group
 from vistok.core.tensors import take
-from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction
+from vistok.host.recipe import Recipe, Shares, SlotNeeds
+from vistok.host.reducer import Evidence, Reduction
 
 CARD = Card(
     title="Don't Just Chase Highlighted Tokens in MLLMs: Revisiting Visual Holistic Context Retention (HoloV)",
@@ -53,7 +53,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class HoloV(Reducer):
+class HoloV(Recipe):
     """Chunk budgets by attention and similarity variance, top-k by attention inside a chunk."""
 
     chunks: int | None = None
@@ -74,14 +74,12 @@ class HoloV(Reducer):
             raise ValueError(f"parity: got {self.parity!r}, must be 'paper' or 'authors'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_attention": self.layer}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"cls_attention": self.layer}}
 
     def sizes(self, num_tokens: int, keep: int) -> list[int]:
         """Tokens of each chunk, as even as possible, the larger ones first."""
-        chunks = int(1024 / 576 * num_tokens / keep) if self.chunks is None else self.chunks
-        chunks = min(max(chunks, 1), num_tokens)
-        return [num_tokens // chunks + (i < num_tokens % chunks) for i in range(chunks)]
+        return even_sizes(num_tokens, int(1024 / 576 * num_tokens / keep) if self.chunks is None else self.chunks)
 
     def chunk_scores(self, features: Tensor, attention: Tensor, sizes: list[int]) -> Tensor:
         """(B, P) mean token score of each chunk of ``features`` (B, N, D) with ``attention`` (B, N)."""
@@ -98,11 +96,13 @@ class HoloV(Reducer):
             scores.append(a.mean(1).view(len(features), -1))
         return torch.cat(scores, 1)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        attention, sizes = cls_mean(evidence.cls_attention), self.sizes(evidence.num_tokens, keep)
-        scores = self.chunk_scores(evidence.features, attention, sizes)
-        budgets = split_budget(scores, keep, capacity=torch.tensor([sizes]), leftover="weight")
-        return topk_per_group(attention, sizes, budgets)
+    def scores(self, evidence: Evidence) -> Tensor:
+        return cls_mean(evidence.cls_attention)
+
+    def allocate(self, evidence: Evidence, scores: Tensor, keep: int) -> Shares:
+        sizes = self.sizes(evidence.num_tokens, keep)
+        chunks = self.chunk_scores(evidence.features, scores, sizes)
+        return Shares(sizes, split_budget(chunks, keep, capacity=torch.tensor([sizes]), leftover="weight"))
 
     def compress(self, evidence: Evidence, keep: int) -> Reduction:
         return super().compress(evidence, keep) if self.parity == "paper" else self._released(evidence, keep)
@@ -114,7 +114,7 @@ class HoloV(Reducer):
 
     def _released(self, evidence: Evidence, keep: int) -> Reduction:
         """Chunk after chunk; one that was cut in order of attention, a whole one in raster order; then zero vectors."""
-        attention, sizes = cls_mean(evidence.cls_attention), self.sizes(evidence.num_tokens, keep)
+        attention, sizes = self.scores(evidence), self.sizes(evidence.num_tokens, keep)
         place = torch.arange(evidence.num_tokens, device=attention.device)
         room = torch.tensor(sizes, device=attention.device)
         budgets = split_budget(self.chunk_scores(evidence.features, attention, sizes), keep, leftover="weight")

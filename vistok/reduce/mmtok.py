@@ -24,7 +24,8 @@ from torch.nn.functional import pad
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cosine
 from vistok.core.select import facility_location, topk
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence, LayerSpec
 
 CARD = Card(
     title="MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs",
@@ -41,7 +42,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class MMTok(Reducer):
+class MMTok(Recipe):
     """Greedy maximisation of multimodal coverage."""
 
     tau_text: float = 0.02
@@ -61,9 +62,9 @@ class MMTok(Reducer):
             raise ValueError(f"alpha: got {self.alpha}, must be 0 or more")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
+    def slot_needs(self) -> SlotNeeds:
         ids: Mapping[str, LayerSpec] = {"text_ids": None} if self.ignore_ids else {}
-        return {"encoder_features": None, "text": None, **ids}
+        return {"select": {"encoder_features": None, "text": None, **ids}}
 
     def question(self, evidence: Evidence) -> Tensor:
         """(B, T) bool: the question tokens to cover."""
@@ -83,7 +84,7 @@ class MMTok(Reducer):
         vision = (cosine(evidence.encoder_features) / self.tau_vision).softmax(2)
         return text, vision / vision.shape[1]
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
         return cover(*self.coverage(evidence), self.alpha, keep)
 
 

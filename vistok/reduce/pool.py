@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vistok.catalogue.card import Card, Outcome, Trial
+from vistok.core.cells import grid_cells
 from vistok.core.merge import size_weighted_mean
 from vistok.host.reducer import Evidence, Reducer, Reduction
-from vistok.reduce._cells import cells
 from vistok.reduce.uniform import Uniform
 
 CARD = Card(
@@ -31,8 +31,9 @@ class Pool(Reducer):
     """The mean of each cell."""
 
     def compress(self, evidence: Evidence, keep: int) -> Reduction:
-        source, anchor = cells(evidence, keep)
-        return Reduction(anchor, size_weighted_mean(evidence.features, source, keep, anchor=anchor).tokens, source)
+        x, grid = evidence.features, evidence.grid or (1, evidence.num_tokens)
+        source, anchor = (places.to(x.device).expand(len(x), -1) for places in grid_cells(grid, keep))
+        return Reduction(anchor, size_weighted_mean(x, source, keep, anchor=anchor).tokens, source)
 
 
 def claim(trial: Trial) -> Outcome:

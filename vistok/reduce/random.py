@@ -13,8 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core import select
-from vistok.host.reducer import Evidence, Reducer
+from vistok.host.choices import select_random
+from vistok.host.recipe import Recipe
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="Random tokens (control)",
@@ -27,7 +28,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class Random(Reducer):
+class Random(Recipe):
     """A random choice over the whole picture, also where it was cut into parts."""
 
     seed: int = 0
@@ -35,10 +36,8 @@ class Random(Reducer):
 
     whole_picture: ClassVar[bool] = True
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        features = evidence.features
-        places = select.random(1, evidence.num_tokens, keep, self.seed, device=features.device)
-        return places.expand(len(features), keep)
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        return select_random(evidence, scores, keep, self.seed)
 
 
 def claim(trial: Trial) -> Outcome:

@@ -28,7 +28,8 @@ from torch import Tensor
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cls_mean
 from vistok.core.select import farthest_points, max_sum
-from vistok.host.reducer import Evidence, LayerNeed, LayerSpec, Reducer, Reduction, Schedule
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence, LayerNeed, Reduction, Schedule
 
 CARD = Card(
     title="ToDRE: Visual Token Pruning via Diversity and Task Awareness for Efficient Large Vision-Language Models",
@@ -47,7 +48,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class ToDRE(Reducer):
+class ToDRE(Recipe):
     """Greedy diversity before the language model, all-or-nothing relevance inside."""
 
     criterion: Literal["max-sum", "k-center"] = "max-sum"
@@ -71,19 +72,19 @@ class ToDRE(Reducer):
             raise ValueError(f"depth: got {self.depth}, must be in (0, 1)")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_attention": self.layer}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"cls_attention": self.layer}}
 
     @property
     def layer_needs(self) -> Mapping[str, LayerNeed]:
         return {"llm_attention": "text"}
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        attention = cls_mean(evidence.cls_attention)
-        if evidence.crops:
-            height, width = evidence.crops[0]
-            attention = attention[:, : height * width]
-        pivot = attention.argmax(1)
+    def scores(self, evidence: Evidence) -> Tensor:
+        return cls_mean(evidence.cls_attention)
+
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        height, width = evidence.crops[0] if evidence.crops else (1, evidence.num_tokens)
+        pivot = scores[:, : height * width].argmax(1)
         if self.criterion == "max-sum":
             return max_sum(evidence.features, keep, pivot)
         return farthest_points(evidence.features, keep, pivot, metric="cosine")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.host.reducer import Evidence, Reducer
-from vistok.reduce._cells import cells
+from vistok.host.choices import uniform
+from vistok.host.recipe import Recipe
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="Uniform grid of tokens (control)",
@@ -25,11 +26,11 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class Uniform(Reducer):
+class Uniform(Recipe):
     """A regular subset of the grid."""
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return cells(evidence, keep)[1]
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        return uniform(evidence, scores, keep)
 
 
 def claim(trial: Trial) -> Outcome:

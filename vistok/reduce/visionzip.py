@@ -19,15 +19,16 @@ host's ``position="recompact"``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from vistok.catalogue.card import Card, Outcome, Trial
-from vistok.core.merge import dominant_contextual
+from vistok.core.merge import dominant_and_spread, fold_contextual
 from vistok.core.score import cls_mean
-from vistok.core.stages import raster_slots
-from vistok.host.reducer import Evidence, LayerSpec, Reducer, Reduction
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
@@ -46,7 +47,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class VisionZip(Reducer):
+class VisionZip(Recipe):
     """Dominant and contextual tokens."""
 
     contextual: float = 10 / 64
@@ -65,17 +66,28 @@ class VisionZip(Reducer):
             raise ValueError(f"parity: got {self.parity!r}, must be 'paper' or 'authors'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"encoder_features": None, "cls_attention": self.layer, "encoder_keys": self.layer}
+    def slot_needs(self) -> SlotNeeds:
+        row = {"cls_attention": self.layer}
+        return {"score": row, "merge": {**row, "encoder_keys": self.layer}}
 
-    def compress(self, evidence: Evidence, keep: int) -> Reduction:
-        contextual = min(math.floor(self.contextual * keep + 0.5), keep - 1)
-        score, heads = cls_mean(evidence.cls_attention), evidence.cls_attention.shape[1]
-        metric = evidence.encoder_keys.unflatten(2, (heads, -1)).mean(2)
-        slots = dominant_contextual(evidence.encoder_features, score, metric, keep - contextual, contextual)
-        if self.parity == "authors":
-            return Reduction(slots[0].sort(1).values, *slots[1:])
-        return Reduction(*raster_slots(*slots))
+    @property
+    def order(self) -> Literal["raster", "author"]:
+        return "author" if self.parity == "authors" else "raster"
+
+    def anchors(self, keep: int) -> int:
+        """How many of ``keep`` tokens are contextual."""
+        return min(math.floor(self.contextual * keep + 0.5), keep - 1)
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        return cls_mean(evidence.cls_attention)
+
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        return dominant_and_spread(scores, keep - self.anchors(keep), self.anchors(keep))
+
+    def merge(self, x: Tensor, evidence: Evidence, picks: Tensor) -> tuple[Tensor, Tensor]:
+        heads = evidence.cls_attention.shape[1]
+        keys = evidence.encoder_keys.unflatten(2, (heads, -1)).mean(2)
+        return fold_contextual(x, keys, picks, self.anchors(picks.shape[1]))
 
 
 def claim(trial: Trial) -> Outcome:

@@ -13,7 +13,6 @@ one layer is left, and this is FasterVLM. An encoder without a class token is ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.score import cls_mean, cls_sum
-from vistok.core.select import topk
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 from vistok.reduce.fastervlm import FasterVLM
 
 CARD = Card(
@@ -41,7 +40,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class VTCCLS(Reducer):
+class VTCCLS(Recipe):
     """Top-k by class-token attention gathered over the layers ``start_layer`` .. last but one."""
 
     start_layer: int | None = None
@@ -54,10 +53,10 @@ class VTCCLS(Reducer):
             raise ValueError(f"ensemble: got {self.ensemble!r}, must be 'sum', 'min' or 'max'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"cls_attention": slice(self.start_layer, -1)}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"cls_attention": slice(self.start_layer, -1)}}
 
-    def score(self, evidence: Evidence) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
         """(B, N) the ensemble of the layers' head means."""
         layers = evidence.cls_attention
         if self.start_layer is None:
@@ -66,9 +65,6 @@ class VTCCLS(Reducer):
             return cls_sum(layers)
         rows = torch.stack([cls_mean(layer) for layer in layers])
         return rows.amin(0) if self.ensemble == "min" else rows.amax(0)
-
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return topk(self.score(evidence), keep)
 
 
 def claim(trial: Trial) -> Outcome:

@@ -16,7 +16,7 @@ estimate to be nearly a function of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,7 +26,8 @@ from torch import Tensor
 from vistok.catalogue.card import Card, Outcome, Trial
 from vistok.core.select import farthest_points
 from vistok.core.tensors import length, unit, upcast
-from vistok.host.reducer import Evidence, LayerSpec, Reducer
+from vistok.host.recipe import Recipe, SlotNeeds
+from vistok.host.reducer import Evidence
 
 CARD = Card(
     title="Training-Free Token Pruning via Zeroth-Order Gradient Estimation in Vision-Language Models (ZOO-Prune)",
@@ -43,7 +44,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class ZOOPrune(Reducer):
+class ZOOPrune(Recipe):
     """Sensitivity times diversity."""
 
     directions: int = 64
@@ -66,8 +67,8 @@ class ZOOPrune(Reducer):
             raise ValueError(f"score: got {self.score!r}, must be 'sensitivity' or 'norm'")
 
     @property
-    def needs(self) -> Mapping[str, LayerSpec]:
-        return {"encoder_features": None, "project": None} if self.score == "sensitivity" else {}
+    def slot_needs(self) -> SlotNeeds:
+        return {"score": {"encoder_features": None, "project": None}} if self.score == "sensitivity" else {}
 
     def weights(self, evidence: Evidence) -> Tensor:
         """(B, N) in [0, 1]: what a token's distance counts for, 1 for the most sensitive one."""
@@ -79,9 +80,11 @@ class ZOOPrune(Reducer):
         seen = zo_sensitivity(evidence.project, evidence.encoder_features, self.directions, self.step, self.seed)
         return scaled(seen, noise / self.step)
 
-    def select(self, evidence: Evidence, keep: int) -> Tensor:
-        weights = self.weights(evidence)
-        return farthest_points(evidence.features, keep, weights.argmax(1), "cosine", weight=weights)
+    def scores(self, evidence: Evidence) -> Tensor:
+        return self.weights(evidence)
+
+    def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
+        return farthest_points(evidence.features, keep, scores.argmax(1), "cosine", weight=scores)
 
 
 @torch.no_grad()

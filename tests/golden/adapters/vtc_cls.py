@@ -13,4 +13,4 @@ def run(case):
     layers = tuple(rows[layer] for layer in range(len(rows))[reducer.needs["cls_attention"]])
     evidence = Evidence(features=features, cls_attention=layers)
     reduction = reducer.reduce(evidence, case.hyper["keep"])
-    return {"keep": reduction.keep, "tokens": reduction.tokens, "score": reducer.score(evidence)}
+    return {"keep": reduction.keep, "tokens": reduction.tokens, "score": reducer.scores(evidence)}

@@ -1,4 +1,4 @@
-"""A grid cut into any number of nearly square cells: the layout that ``uniform`` and ``pool`` share."""
+"""A grid cut into any number of nearly square cells: the layout of uniform choices and of average pooling."""
 
 from __future__ import annotations
 
@@ -8,26 +8,22 @@ import torch
 from torch import Tensor
 
 from vistok.core.allocate import split_budget
-from vistok.host.reducer import Evidence
 
 
-def cells(evidence: Evidence, keep: int) -> tuple[Tensor, Tensor]:
-    """Cut the picture's grid (h, w) into ``keep`` cells: ``source`` (B, h * w) and ``anchor`` (B, keep), int64.
+def grid_cells(grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+    """Cut ``grid`` (h, w) into ``count`` cells: ``source`` (h * w,) and ``anchor`` (count,), int64 on the CPU.
 
     Bands of rows, each cut into columns: as many bands as make the cells nearly square, and to each band cells in
     proportion to its rows. ``source`` is each token's cell, ``anchor`` the middle token of each cell, ascending.
-    Tokens that form no grid are one row.
     """
-    n, batch, device = evidence.num_tokens, len(evidence.features), evidence.features.device
-    h, w = evidence.grid or (1, n)
-    bands = min(max(round(math.sqrt(keep * h / w)), -(-keep // w)), h, keep)
-    counts = split_budget(_cuts(h, bands).diff()[None], keep, capacity=torch.full((1, bands), w))[0]
+    h, w = grid
+    bands = min(max(round(math.sqrt(count * h / w)), -(-count // w)), h, count)
+    counts = split_budget(_cuts(h, bands).diff()[None], count, capacity=torch.full((1, bands), w))[0]
     band = torch.arange(h) * bands // h
     first = counts.cumsum(0) - counts
     source = first[band][:, None] + torch.arange(w) * counts[band][:, None] // w
     columns = torch.cat([_middle(w, count) for count in counts.tolist()])
-    anchor = _middle(h, bands).repeat_interleave(counts) * w + columns
-    return source.flatten().to(device).expand(batch, n), anchor.to(device).expand(batch, keep)
+    return source.flatten(), _middle(h, bands).repeat_interleave(counts) * w + columns
 
 
 def _cuts(side: int, parts: int) -> Tensor:
