@@ -18,11 +18,11 @@ import time
 import torch
 
 from benchmarks.common import machine, machine_line
-from vistok.bench.protocols import Turn, answer_second, multi_turn
+from vistok.bench.measure import answer_all
+from vistok.bench.protocols import multi_turn
 from vistok.bench.statistics import paired_bootstrap, wilson
 from vistok.world import sample
 from vistok.zoo import DEFAULT, load, load_processor
-from vistok.zoo.asking import same_answer
 
 METHODS = "random,fastervlm,fastv,sparsevlm,cdpruner,mmtok"
 
@@ -38,12 +38,11 @@ def main() -> None:
     model, processor = load(options.model), load_processor(options.model)
     asked = multi_turn(list(sample("all", options.n, split="test")))
 
-    def measure(name: str, turn: Turn) -> tuple[list[bool], float]:
+    def measure(name: str, turn: str) -> tuple[list[bool], float]:
         start = time.perf_counter()
-        answers = answer_second(model, processor, name, options.keep, asked, turn)
+        found = answer_all(model, processor, name, options.keep, asked, reselect=turn == "reselect")
         spent = (time.perf_counter() - start) * 1e3 / len(asked)
-        right = [one.second.truth.answer for one in asked if one.second.truth is not None]
-        return [same_answer(known, answer) for known, answer in zip(right, answers, strict=True)], spent
+        return [bool(one.correct) for one in found], spent
 
     def show(name: str, protocol: str, right: list[bool], spent: float, first: list[bool] | None) -> None:
         low, high = wilson(sum(right), len(right))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,12 +14,8 @@ from vistok.bench.metrics import answer_probability, chrf, exact_match
 from vistok.bench.protocols import (
     DETAIL_SHARE,
     READING,
-    TURNS,
     WHICH,
-    answer_second,
-    ask_several,
     detail,
-    encode_several,
     long_answer,
     multi_turn,
     robustness,
@@ -63,8 +61,8 @@ def test_dialogues_of_the_world(pictures):
     assert len(turns) == len(pictures)
     for one, picture in zip(turns, pictures, strict=True):
         first, second = dialogue(picture)
-        assert (one.first, one.answer, one.second.question) == (first.text, first.answer, second.text)
-        assert one.second.truth is second and one.second.picture is one.picture
+        assert (one.first, one.question) == ((first.text, first.answer), second.text)
+        assert one.truth is second and one.picture.tobytes() == picture.pil().tobytes()
     assert multi_turn(list(sample("scenes", 2, questions=1))) == []
 
 
@@ -72,11 +70,8 @@ def test_dialogues_of_the_user():
     red = [plain("red", f"question {n}", known(answer=f"answer {n}")) for n in range(3)]
     blue = [plain("blue", "a", known()), plain("blue", "b")]
     turns = multi_turn([red[0], blue[0], red[1], blue[1], red[2]])
-    assert [(t.first, t.answer, t.second.question) for t in turns] == [
-        ("question 0", "answer 0", "question 1"),
-        ("a", "red", "b"),
-    ]
-    assert turns[1].second.truth is None
+    assert [(t.first, t.question) for t in turns] == [(("question 0", "answer 0"), "question 1"), (("a", "red"), "b")]
+    assert turns[1].truth is None
     with pytest.raises(ValueError, match="given: the answer to 'b' is not known"):
         multi_turn([blue[1], blue[0]])
 
@@ -111,12 +106,12 @@ def test_pairs_of_pictures(pictures):
     cases = cases_of(pictures)
     made = two_pictures(pictures)
     assert len(made) == len(cases)
-    assert [one.about for one in made[:4]] == [0, 1, 0, 1]
+    assert [one.place for one in made[:4]] == [0, 1, 0, 1]
     for one, case in zip(made, cases, strict=True):
-        assert one.question == WHICH[one.about] + case.question
+        assert one.question == WHICH[one.place] + case.question
         assert one.truth is case.truth
-        assert one.pictures[one.about].tobytes() == case.picture.tobytes()
-        assert one.pictures[1 - one.about].tobytes() != case.picture.tobytes()
+        assert one.pictures[one.place].tobytes() == case.picture.tobytes()
+        assert one.pictures[1 - one.place].tobytes() != case.picture.tobytes()
     red, blue = plain("red"), plain("blue")
     assert two_pictures([red, blue, red])[0].pictures == (red.picture, blue.picture)
     assert two_pictures([red, red, blue])[2].pictures == (blue.picture, red.picture)
@@ -210,41 +205,53 @@ def test_robustness(pictures):
 # How it is answered ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("turn", TURNS)
-def test_second_answers_are_those_of_the_dialogue(model, processor, pictures, turn):
+@pytest.mark.parametrize("reselect", [False, True])
+def test_second_answers_are_those_of_the_dialogue(model, processor, pictures, reselect):
     turns = multi_turn(pictures)
-    found = answer_second(model, processor, "fastv", 0.1, turns, turn, batch_size=3, max_new_tokens=6)
-    asked = [one.picture for one in turns], [(one.first, one.answer, one.second.question) for one in turns]
     how = {"batch_size": 3, "max_new_tokens": 6}
-    if turn == "keep-all":
-        assert found == ask_again(model, processor, *asked, **how)
-    else:
-        with apply(model, "fastv", keep=0.1, reselect=turn == "reselect"):
-            assert found == ask_again(model, processor, *asked, **how)
-    for dense in ("dense", None):
-        assert answer_second(model, processor, dense, 0.1, turns[:2], turn) == ask_again(
-            model, processor, asked[0][:2], asked[1][:2]
-        )
-    with pytest.raises(ValueError, match="turn: got 'again'"):
-        answer_second(model, processor, "fastv", 0.1, turns, "again")
+    found = answer_all(model, processor, "fastv", 0.1, turns, reselect=reselect, **how)
+    asked = [one.picture for one in turns], [(*one.first, one.question) for one in turns]
+    with apply(model, "fastv", keep=0.1, reselect=reselect):
+        assert [one.answer for one in found] == ask_again(model, processor, *asked, **how)
+    assert all(0 < one.tokens_kept < one.tokens_in for one in found)
+    dense = answer_all(model, processor, "dense", 0.1, turns[:2], reselect=reselect)
+    assert [one.answer for one in dense] == ask_again(model, processor, asked[0][:2], asked[1][:2])
+    with pytest.raises(ValueError, match="cases: got some with a first turn"):
+        answer_all(model, processor, "fastv", 0.1, [turns[0], *single(pictures[:1])])
 
 
 def test_several_pictures_in_a_prompt(model, processor, pictures):
     made = two_pictures(pictures)[::5]
+    together = answer_all(model, processor, "uniform", 0.25, made, batch_size=4)
+    alone = [answer_all(model, processor, "uniform", 0.25, [case])[0] for case in made]
+    assert together == alone
+    assert {one.tokens_in for one in together} == {196} and {one.tokens_input for one in together} == {49}
     shown, questions = [one.pictures for one in made], [one.question for one in made]
     with apply(model, "uniform", keep=0.25) as session:
-        together = ask_several(model, processor, shown, questions, batch_size=4)
-        assert [picture.tokens_in for picture in session.pictures][:2] == [196, 196]
-        alone = [ask_several(model, processor, [s], [q])[0] for s, q in zip(shown, questions, strict=True)]
-        assert len(session.pictures) == 2
-    assert together == alone
+        assert ask(model, processor, shown, questions) == [one.answer for one in together]
+        assert len(session.pictures) == 2 * len(made)
     first = [[pair[0]] for pair in shown]
-    assert ask_several(model, processor, first, questions) == ask(model, processor, [p for (p,) in first], questions)
+    assert ask(model, processor, first, questions) == ask(model, processor, [p for (p,) in first], questions)
     one = encode(processor, [pair[0] for pair in shown], questions)
-    for name, values in encode_several(processor, first, questions).items():
+    for name, values in encode(processor, first, questions).items():
         assert np.array_equal(values, one[name])
-    mixed = encode_several(processor, [shown[0], first[1]], questions[:2])
+    mixed = encode(processor, [shown[0], first[1]], questions[:2])
     assert len(mixed["pixel_values"]) == 3
+
+
+def test_evidence_counts_in_the_picture_that_is_asked_about(model, processor, pictures):
+    """Tokens of the other picture do not answer the question."""
+    half = np.zeros((112, 112), bool)
+    half[:56] = True
+    top = plain("red", truth=Question("colour", "?", "red", half))
+    case = two_pictures([top, plain("blue")])[0]
+    found = answer_all(model, processor, "random", 0.25, [case, replace(case, place=1)])
+    with apply(model, "random", keep=0.25) as session:
+        ask(model, processor, [case.pictures, case.pictures[::-1]], [case.question] * 2)
+    grids = [picture.keep for picture in session.pictures]
+    want = [float((grid < 98).sum()) / 98 for grid in (grids[0], grids[3])]
+    assert [one.evidence_recall for one in found] == pytest.approx(want)
+    assert found[0].kept == tuple(grids[0].tolist()) and found[0].grid == (14, 14)
 
 
 def test_the_shipped_model_under_each_protocol():
@@ -258,8 +265,8 @@ def test_the_shipped_model_under_each_protocol():
     assert np.mean(scores) > 70
     assert np.mean(scores) > np.mean([chrf(a, b) for a, b in zip(said[1:], right, strict=False)]) + 20
     turns = multi_turn(pictures)
-    second = answer_second(model, processor, None, 1.0, turns)
-    assert exact_match(second, [one.second.truth.answer for one in turns]).mean() >= 0.6
+    second = [one.answer for one in answer_all(model, processor, None, 1.0, turns)]
+    assert exact_match(second, [one.truth.answer for one in turns]).mean() >= 0.6
     unknown = processor.tokenizer.unk_token_id
     assert all(unknown not in processor.tokenizer(words)["input_ids"] for words in WHICH)
     asked = [case.picture for case in captions], [p.questions[0].text for p in pictures]

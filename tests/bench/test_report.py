@@ -53,7 +53,7 @@ def look(method="random", keep=0.25, answer="yes", correct=True, recall=0.5, ms=
     return Look(
         method,
         keep,
-        Answered(answer, correct, 196, kept, kept, recall, overlay),
+        Answered(answer, correct, 196, kept, kept, recall, overlay=overlay),
         Cost(ms, 1e9 * kept, 1000 * kept),
     )
 
@@ -135,12 +135,14 @@ def test_a_survey_has_intervals_and_families():
     assert 'class="band"' in text
 
 
-def survey_of(hits, families=("colour",)):
-    """A survey at keep 0.25 with the answers ``hits[method]`` (dense first), all of them about ``families`` in turn."""
+def survey_of(hits, families=("colour",), tokens=()):
+    """A survey at keep 0.25 with the answers ``hits[method]`` (dense first), all of them about ``families`` in turn.
+    ``tokens``: (method, count) where that is not 49."""
     found = {(name, 1.0 if name == "dense" else 0.25): right for name, right in hits.items()}
     rows, by_family = [], []
     for (name, keep), right in found.items():
-        answers = [Answered("yes", hit, 196, 49, 49, 0.5) for hit in right]
+        left = dict(tokens).get(name, 49)
+        answers = [Answered("yes", hit, 196, left, left, 0.5) for hit in right]
         cost = {"ttft_ms": 1.0, "flops": 1e9, "kv_bytes": 1e3, "task": "scenes"}
         method = None if name == "dense" else name
         rows.append({**survey_row(method, keep, answers), **cost, **_beside(found, name, keep, 0)})
@@ -167,6 +169,19 @@ def test_the_table_says_who_loses_to_random():
     assert "Less accurate than random tokens: bad. Below random, but within chance: close." in text
     assert "hiprune is left out: why | not" in text
     assert "- command: `vistok compare 'a & b'`" in text
+
+
+def test_only_as_many_tokens_are_held_against_random():
+    hits = {"dense": [True] * 40, "random": [True] * 30 + [False] * 10, "yopo": [False] * 40, "mean": [False] * 40}
+    text = markdown(survey_of(hits, tokens=[("yopo", 196), ("mean", 49.5)]), FACTS)
+    assert "Less accurate than random tokens: mean. Not held against random" in text
+    assert "since it keeps another number of tokens: yopo." in text
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert lines["yopo"].count("-100.0 (") == 1  # over dense, but not over random
+    assert "-75.0 (" in lines["**mean**"]
+    text = markdown(survey_of(hits, tokens=[("yopo", 196), ("mean", 48)]), FACTS)
+    assert "No method is less accurate than random tokens. Not held against" in text
+    assert "another number of tokens: yopo, mean." in text
 
 
 def test_the_table_without_a_random_control():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vistok.bench import rows, run
-from vistok.bench.summary import broken, changes, summarise, tables
+from vistok.bench.joint import combinations
+from vistok.bench.summary import against, broken, changes, summarise, tables
 from vistok.bench.sweep import IDENTITY, VERSION, Cell, Sweep
 from vistok.bench.sweep_report import markdown, write
 from vistok.world import sample
@@ -48,7 +49,7 @@ def test_a_key_is_the_content(tmp_path):
     more = Sweep.read(config(tmp_path, QUICK.replace("[0.25, 16]", "[0.25, 16, 0.1]"))).cells()
     assert {cell.key for cell in first} < {cell.key for cell in more}
     # Known by heart: it must not change from machine to machine, or from release to release without a new VERSION.
-    assert Cell("m", "random", 0.5, "scenes", "single", "float32", 8, 0).key == "6663af31490a79412e4e"
+    assert Cell("m", "random", 0.5, "scenes", "single", "float32", 8, 0).key == "ec92911f2dc8a691e594"
     assert Cell("m", "random", 1, "scenes", "single", "float32", 8, 0).key != (
         Cell("m", "random", 1.0, "scenes", "single", "float32", 8, 0).key
     )
@@ -77,8 +78,8 @@ def test_mistakes_are_named(tmp_path, old, new, message):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def made(folder, method="random", keep=0.5, tokens=98.0, right=(1, 0, 1, 1), **more):
-    """Write a cell of made-up rows."""
+def made(folder, method="random", keep=0.5, tokens=98.0, right=(1, 0, 1, 1), row=None, **more):
+    """Write a cell of made-up rows, each with the columns of ``row``."""
     how = {"model": "m", "task": "scenes", "protocol": "single", "precision": "float32", "n": len(right), "seed": 0}
     cell = Cell(method=method, keep=keep, **how | more)
     rows.write(
@@ -89,7 +90,9 @@ def made(folder, method="random", keep=0.5, tokens=98.0, right=(1, 0, 1, 1), **m
                 "question": f"scenes:{cell.seed}:{number}", "family": "colour", "correct": bool(hit),
                 "tokens_in": 196, "tokens_input": round(tokens), "tokens_mean": tokens, "evidence_recall": 0.5,
                 "ttft_ms": 10.0, "ttft_spread_ms": 1.0, "ttft_over_dense": 0.5, "vision_ms": 3.0, "select_ms": 1.0,
-                "prefill_ms": 5.0, "flops": 1e9, "kv_bytes": 1000, "machine": "m", "versions": "v", "date": "d",
+                "prefill_ms": 5.0, "decode_ms": 1.0, "flops": 1e9,
+                "kv_bytes": 1000, "weight_bytes": 9000, "peak_bytes": 500, "machine": "m", "versions": "v", "date": "d",
+                **(row or {}),
             }
             for number, hit in enumerate(right)
         ],
@@ -178,6 +181,41 @@ def test_several_seeds_are_one_row_over_all_their_questions(tmp_path):
     assert (row["n"], row["accuracy"]) == (6, pytest.approx(1 / 3))
 
 
+def test_answers_are_held_against_dense(tmp_path):
+    made(tmp_path, "dense", 1.0, 196.0, (1, 1, 0, 0), row={"answer": "red", "probability": 0.8, "confidence": 0.9})
+    made(tmp_path, "holov", 0.5, 98.0, (1, 0, 0, 0), row={"answer": "Red ", "probability": 0.6, "confidence": 0.5})
+    made(tmp_path, "fastv", 0.5, 98.0, (1, 1, 0, 0), row={"answer": "blue"})
+    found = {row["method"]: row for row in summarise(rows.read(tmp_path))}
+    assert found["dense"]["agreement"] is None and found["dense"]["probability_drop"] is None
+    assert found["holov"]["agreement"] == 1 and found["fastv"]["agreement"] == 0
+    assert found["holov"]["probability"] == pytest.approx(0.6)
+    assert found["holov"]["probability_drop"] == pytest.approx(0.2)
+    assert found["holov"]["calibration_error"] == pytest.approx(0.25)
+    assert found["fastv"]["probability_drop"] is None and found["fastv"]["calibration_error"] is None
+    family = found["holov"]["families"]["colour"]
+    assert (family["n"], family["accuracy"]) == (4, 0.25)
+
+
+def test_without_a_truth_what_dense_says_is_right(tmp_path):
+    unknown = {"correct": None, "truth": None}
+    made(tmp_path, "dense", 1.0, 196.0, row=unknown | {"answer": "a dog"})
+    made(tmp_path, "holov", 0.5, 98.0, row=unknown | {"answer": "A dog"})
+    made(tmp_path, "fastv", 0.5, 98.0, row=unknown | {"answer": "a cat"})
+    found = {row["method"]: row["accuracy"] for row in summarise(rows.read(tmp_path))}
+    assert found == {"dense": 1, "holov": 1, "fastv": 0}
+
+
+def test_a_recipe_against_itself_with_other_steps(tmp_path):
+    made(tmp_path, "dense", 1.0, 196.0)
+    made(tmp_path, "holov", 0.5, 98.0, (1, 1, 0, 0))
+    made(tmp_path, "holov:select=topk", 0.5, 98.0, (1, 1, 1, 0))
+    made(tmp_path, "fastv", 0.5, 98.0)
+    found = {row["method"]: row for row in against(rows.read(tmp_path), "holov")}
+    assert set(found) == {"holov", "holov:select=topk"}
+    assert found["holov"]["over"] is None
+    assert found["holov:select=topk"]["over"] == 0.25
+
+
 def test_a_method_that_is_not_dense_with_all_tokens_is_named(tmp_path):
     made(tmp_path, "holov", 1.0, 196.0, (1, 1), protocol=IDENTITY)
     assert broken(rows.read(tmp_path)) == []
@@ -202,14 +240,16 @@ def test_changes_beyond_noise(tmp_path):
 
 def test_a_report_is_written(tmp_path):
     sweep_of(tmp_path)
-    table, picture = write(tmp_path)
+    paths = {path.name: path for path in write(tmp_path)}
+    table, picture = paths["report.md"], paths["report.svg"]
     text = table.read_text()
     assert "## m, float32, scenes, single: 98.0 tokens" in text
     assert "| holov | 0.5 | 75.0% |" in text
     assert "| chrF |" in text
     assert picture.read_bytes().startswith(b"<?xml")
     before = picture.read_bytes()
-    assert write(tmp_path)[1].read_bytes() == before
+    write(tmp_path)
+    assert picture.read_bytes() == before
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -239,7 +279,35 @@ def test_cells_are_measured(tmp_path, monkeypatch):
     assert checks["correct"].to_list() == [None] * 4
 
 
-@pytest.mark.parametrize("protocol", ["single", "detail", "long-answer", "blur-3", "letterbox-1"])
+def test_protocols_and_probabilities_are_measured(tmp_path, monkeypatch):
+    from tests.small import save_small_model
+
+    monkeypatch.setattr(run, "REPEATS", 1)
+    model = str(save_small_model(tmp_path / "small"))
+    worker = run.Worker(tmp_path)
+    protocols = ("single", "reuse-first", "reselect", "two-pictures")
+    sweep = Sweep(
+        "x", (model,), ("holov:select=max_sum",), (0.25,), ("scenes",), protocols, n=3, probabilities=True,
+        caches=("none", "fp8"),
+    )  # fmt: skip
+    for cell in sweep.cells():
+        worker(cell)
+    frame = rows.read(tmp_path)
+    assert broken(frame) == []
+    for protocol in protocols:
+        asked = frame.filter((frame["protocol"] == protocol) & (frame["method"] == "holov:select=max_sum"))
+        assert asked["tokens_input"].to_list() == [49] * 6
+        assert [len(kept) for kept in asked["kept"]] == [49] * 6
+        assert set(asked["grid_height"]) == {14}
+        known = protocol in ("single", "two-pictures")
+        assert all((value is not None) == known for value in asked["probability"])
+        assert all(value is None or 0 <= value <= 1 for value in asked["confidence"])
+        by_cache = {key[0]: part["kv_bytes"][0] for key, part in asked.group_by("cache")}
+        assert by_cache["fp8"] * 4 == pytest.approx(by_cache["none"], rel=0.05)
+    assert {(row["weights"], row["cache"]) for row in combinations(frame)} == {("none", "none"), ("none", "fp8")}
+
+
+@pytest.mark.parametrize("protocol", ["single", "detail", "long-answer", "reselect", "blur-3", "letterbox-1"])
 def test_protocols_ask_one_question_a_picture(protocol):
     cell = Cell("m", "random", 0.5, "all", protocol, "float32", 6, 0)
     cases, plain = run.cases_of(cell), run.cases_of(Cell("m", "random", 0.5, "all", "single", "float32", 6, 0))
@@ -247,6 +315,8 @@ def test_protocols_ask_one_question_a_picture(protocol):
     assert len({case.picture.tobytes() for case in cases}) == len(cases)
     if protocol == "long-answer":
         assert [case.truth.answer for case in cases] == [p.caption for p in sample("all", 6, split="test", questions=1)]
+    elif protocol == "reselect":
+        assert all(case.first and case.first[0] != case.question for case in cases)
     elif protocol == "detail":
         assert all(
             case.truth.family in ("reading", "key-value") or case.truth.evidence.mean() <= 0.02 for case in cases

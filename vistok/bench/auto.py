@@ -102,11 +102,11 @@ def measure_settings(
     costs = cost_all(model, processor, measured, cases[0], repeats=7)
     dense = said[_key(*measured[0])]["answers"]
     truth = [known if known is not None else plain for known, plain in zip(answers, dense, strict=True)]
-    right = [float(same_answer(t, plain)) for t, plain in zip(truth, dense, strict=True)]
+    right = _hits(cases, truth, dense)
     rows = []
     for (method, keep), cost in zip(measured, costs, strict=True):
         found_here = said[_key(method, keep)]
-        hits = [float(same_answer(t, answer)) for t, answer in zip(truth, found_here["answers"], strict=True)]
+        hits = _hits(cases, truth, found_here["answers"])
         low, high = paired_bootstrap(right, hits, seed=seed)
         rows.append(
             {
@@ -131,6 +131,13 @@ def setting_of(row: Mapping[str, Any], measured: Mapping[str, Any]) -> Setting:
     if row["method"] == method_name(None):  # no method at all: every token stays
         return Setting(("uniform",), 1.0, (), {**row, **measured})
     return Setting(tuple(row["method"].split("+")), row["keep"], (), {**row, **measured})
+
+
+def _hits(cases: Sequence[Case], truth: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """1 for each answer that is the right one, or another that counts as right."""
+    also = [case.truth.also if case.truth else () for case in cases]
+    told = zip(truth, also, answers, strict=True)
+    return [float(any(same_answer(right, answer) for right in (t, *others))) for t, others, answer in told]
 
 
 def _key(method: Any, keep: float | int) -> str:

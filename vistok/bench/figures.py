@@ -42,6 +42,36 @@ def data_url(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def dropped(kept: Sequence[int], grid: tuple[int, int]) -> str:
+    """What a method dropped of a grid (h, w), as an SVG path in units of its cells; ``kept``: raster positions."""
+    h, w = grid
+    gone = np.ones(h * w, dtype=bool)
+    gone[list(kept)] = False
+    path = []
+    for row, line in enumerate(gone.reshape(h, w)):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], line, [False]]).astype(int)))
+        path += [f"M{start} {row}h{end - start}v1h-{end - start}z" for start, end in edges.reshape(-1, 2).tolist()]
+    return "".join(path)
+
+
+def outline(evidence: np.ndarray) -> str:
+    """The border of what lies near the ``evidence`` (H, W bool), as an SVG path in units of its pixels."""
+    # At some distance, so that what is small (letters) is not covered by its own outline.
+    near = np.asarray(Image.fromarray(evidence).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+    return _borders(near, "M{at} {line}h{run}") + _borders(near.T, "M{line} {at}v{run}")
+
+
+def _borders(mask: np.ndarray, stroke: str) -> str:
+    """Strokes between the rows of a mask wherever one is in and the other is not."""
+    padded = np.pad(mask, 1).astype(int)
+    changes = np.diff(padded, axis=0) != 0
+    path = []
+    for line, row in enumerate(changes):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]).astype(int))).reshape(-1, 2).tolist()
+        path += [stroke.format(line=line, at=start - 1, run=end - start) for start, end in edges]
+    return "".join(path)
+
+
 def sheet(comparison: Comparison) -> Image.Image:
     """Every case as a row: the picture with its question, then what each method keeps, with its answer.
 

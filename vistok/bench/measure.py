@@ -19,8 +19,9 @@ from PIL import Image
 
 from vistok.host import Picture as Seen
 from vistok.host import Reducer, Session, apply
+from vistok.host.recipe import Swapped
 from vistok.world import Picture, Question
-from vistok.zoo.asking import ask, encode, is_right
+from vistok.zoo.asking import ask, ask_again, encode, is_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -37,6 +38,19 @@ class Case:
     truth: Question | None = None
     name: str = ""
     """What the picture is called in a report."""
+    first: tuple[str, str] | None = None
+    """A question that is asked before, and the answer that the dialogue gives to it."""
+    beside: Image.Image | None = None
+    """A second picture of the prompt, which the question is not about."""
+    place: int = 0
+    """Which of the two ``picture`` is."""
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """Those of the prompt, in order."""
+        if self.beside is None:
+            return (self.picture,)
+        return (self.beside, self.picture) if self.place else (self.picture, self.beside)
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,10 @@ class Answered:
     """Mean over the decoder's layers."""
     evidence_recall: float | None
     """Share of the answer's pixels that lie under a token that was kept, mean over the decoder's layers."""
+    grid: tuple[int, int] | None = None
+    """Of all tokens, before the method."""
+    kept: tuple[int, ...] = ()
+    """Positions, in raster order, of the tokens that were left after the last stage."""
     overlay: Image.Image | None = field(default=None, compare=False, repr=False)
     """The picture with what was dropped darkened, where it was asked for."""
 
@@ -83,6 +101,8 @@ def method_name(method: Any) -> str:
         return DENSE
     if isinstance(method, str):
         return method
+    if isinstance(method, Swapped):
+        return method.name
     if isinstance(method, Reducer):
         return type(method).__module__.rpartition(".")[2].replace("_", "-")
     return "+".join(method_name(part) for part in method)
@@ -93,9 +113,9 @@ def is_dense(method: Any) -> bool:
     return method is None or method == DENSE
 
 
-def applied(model: PreTrainedModel, method: Any, keep: float | int) -> Session:
+def applied(model: PreTrainedModel, method: Any, keep: float | int, **how: Any) -> Session:
     """``vistok.apply``; for the dense model with a reducer that is never asked, since all tokens stay."""
-    return apply(model, Reducer(), keep=1.0) if is_dense(method) else apply(model, method, keep=keep)
+    return apply(model, Reducer(), keep=1.0) if is_dense(method) else apply(model, method, keep=keep, **how)
 
 
 def evidence_recall(evidence: np.ndarray, grid: tuple[int, int], keep: Sequence[int]) -> float:
@@ -110,8 +130,9 @@ def evidence_recall(evidence: np.ndarray, grid: tuple[int, int], keep: Sequence[
 
 
 def mean_recall(evidence: np.ndarray, seen: Seen, num_layers: int) -> float | None:
-    """``evidence_recall`` averaged over the decoder's layers, as tokens are; None where the tokens form no one grid."""
-    if seen.grid is None:
+    """``evidence_recall`` averaged over the decoder's layers, as tokens are; None where the tokens form no one grid, or
+    no pixel is known to be evidence."""
+    if seen.grid is None or not evidence.any():
         return None
     total, now = 0.0, evidence_recall(evidence, seen.grid, seen.keep.tolist())
     for layer in range(num_layers):
@@ -130,33 +151,50 @@ def answer_all(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 16,
+    reselect: bool = False,
     overlay_side: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answered]:
-    """The answers of one method, in batches.
+    """The answers of one method, in batches; the cases all have a first turn, or none has.
 
-    ``overlay_side``: draw overlays whose longer side is about that many pixels; 0: none. ``on_batch`` is told how many
-    cases each batch had.
+    ``reselect``: in a second turn the method chooses anew. ``overlay_side``: draw overlays whose longer side is about
+    that many pixels; 0: none. ``on_batch`` is told how many cases each batch had.
     """
     made: list[Answered] = []
     num_layers = model.config.get_text_config().num_hidden_layers
-    with applied(model, method, keep) as session:
+    with applied(model, method, keep, reselect=reselect) as session:
         for start in range(0, len(cases), batch_size):
             batch = cases[start : start + batch_size]
-            pictures, questions = [case.picture for case in batch], [case.question for case in batch]
-            answers = ask(model, processor, pictures, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
-            for row, (case, answer, seen) in enumerate(zip(batch, answers, session.pictures, strict=True)):
+            answers = answer_batch(model, processor, batch, max_new_tokens)
+            seen_of = {(picture.row, picture.index): picture for picture in session.pictures}
+            for row, (case, answer) in enumerate(zip(batch, answers, strict=True)):
+                seen = seen_of[row, case.place]
                 recall = mean_recall(case.truth.evidence, seen, num_layers) if case.truth else None
                 correct = is_right(case.truth, answer) if case.truth else None
                 drawn = None
                 if overlay_side:
                     shown = resized(case.picture, overlay_side)
-                    drawn = session.overlay(shown, row, fit_of(processor, seen))
+                    drawn = session.overlay(shown, session.pictures.index(seen), fit_of(processor, seen))
                 tokens = (seen.tokens_in, seen.tokens_kept, seen.mean_tokens(num_layers))
-                made.append(Answered(answer, correct, *tokens, recall, drawn))
+                kept = tuple(seen.layer_keep[max(seen.layer_keep)] if seen.layer_keep else seen.keep)
+                made.append(Answered(answer, correct, *tokens, recall, seen.grid, tuple(map(int, kept)), drawn))
             if on_batch:
                 on_batch(len(batch))
     return made
+
+
+def answer_batch(
+    model: PreTrainedModel, processor: ProcessorMixin, cases: Sequence[Case], max_new_tokens: int = 16
+) -> list[str]:
+    """Greedy answers of the model as it is now, all cases in one batch; in a dialogue, to the second question."""
+    how = {"batch_size": len(cases), "max_new_tokens": max_new_tokens}
+    pictures = [case.pictures for case in cases]
+    turns = [(*case.first, case.question) for case in cases if case.first]
+    if len(turns) == len(cases):
+        return ask_again(model, processor, pictures, turns, **how)
+    if turns:
+        raise ValueError("cases: got some with a first turn and some without, must be all of one kind")
+    return ask(model, processor, pictures, [case.question for case in cases], **how)
 
 
 def resized(picture: Image.Image, side: int) -> Image.Image:
@@ -189,7 +227,7 @@ def cost_all(
 
     The first round warms up and is not counted.
     """
-    inputs = encode(processor, [case.picture], [case.question]).to(model.device)
+    inputs = encode(processor, [case.pictures], [case.question]).to(model.device)
     times: list[list[float]] = [[] for _ in settings]
     counts: list[tuple[float, int]] = []
     for method, keep in settings:

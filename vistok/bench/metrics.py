@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
-from vistok.zoo.asking import encode, is_diffusion, same_answer
+from vistok.zoo.asking import Shown, encode, is_diffusion, same_answer
 
 from .statistics import paired_bootstrap, wilson
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import Cache, PreTrainedModel, ProcessorMixin
 
 Floats = NDArray[np.float64]
 
@@ -73,7 +71,7 @@ def agreement(answers: Sequence[str], dense: Sequence[str]) -> Estimate:
 def answer_probability(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Shown],
     questions: Sequence[str],
     answers: Sequence[str],
     *,
@@ -101,12 +99,11 @@ def answer_probability(
         if not bool(real.any(1).all()):
             empty = int(real.any(1).int().argmin())
             raise ValueError(f"answers: got {answers[start + empty]!r}, must have at least one token")
-        cache = DynamicCache(config=model.config.get_text_config())
-        first = _last_logits(model, 1, {**inputs, "past_key_values": cache})
+        first, cache = _last_logits(model, 1, inputs)
         both: dict[str, Any] = {
             name: torch.cat([inputs[name], said[name]], 1) for name in ("input_ids", "attention_mask")
         }
-        later = _last_logits(model, ids.shape[1], {**both, "past_key_values": cache})
+        later, _ = _last_logits(model, ids.shape[1], {**both, "past_key_values": cache, "cache_implementation": None})
         # Answers end in the last column. What comes after a token tells of the next; after the prompt, of the first.
         logits = torch.cat([first, later[:, :-1]], 1)
         logits[torch.arange(len(ids)), (~real).sum(1)] = first[:, 0]
@@ -181,15 +178,17 @@ def chrf(said: str, right: str, order: int = 6, beta: float = 2.0) -> float:
     return 100 * (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
 
 
-def _last_logits(model: PreTrainedModel, count: int, inputs: dict[str, Any]) -> Tensor:
-    """(B, count, V): the logits of the last tokens of a forward, which ``generate`` prepares as for an answer."""
+def _last_logits(model: PreTrainedModel, count: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Cache]:
+    """(B, count, V): the logits of the last tokens of a forward, which ``generate`` prepares as for an answer; and the
+    cache that it leaves."""
     caught: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, output: caught.append(output.logits[:, -count:]))
     try:
-        model.generate(**inputs, max_new_tokens=1, do_sample=False, logits_to_keep=count)
+        how = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+        read = model.generate(**inputs, **how, logits_to_keep=count)
     finally:
         hook.remove()
-    return caught[0]
+    return caught[0], read.past_key_values
 
 
 def _check_equally_many(name: str, values: Sequence[Any], others: Sequence[Any]) -> None:

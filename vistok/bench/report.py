@@ -62,7 +62,7 @@ def render(comparison: Comparison | Survey, facts: Mapping[str, str]) -> str:
     survey = comparison if isinstance(comparison, Survey) else None
     shown = comparison.shown
     rows = survey.rows if survey else shown.summary()
-    return _template().render(
+    return template("compare.html").render(
         facts=facts,
         survey=survey,
         rows=[table_row(row, rows[0]) for row in rows],
@@ -112,7 +112,8 @@ def processor_name() -> str:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of ``templates/``; all that it shows is escaped."""
     folder = Path(__file__).parent / "templates"
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -122,7 +123,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"amount": amount, "keep": keep_text, "percent": percent}
-    return environment.get_template("compare.html")
+    return environment.get_template(name)
 
 
 # What the template shows ----------------------------------------------------------------------------------------------

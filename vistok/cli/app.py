@@ -58,7 +58,9 @@ COMMANDS: Mapping[str, Command | Group] = {
         "Sweeps: many methods, counts and tasks from one file, with tables and curves.",
         {
             "run": Command("vistok.cli.bench:run", "Measure the cells of a sweep that are not measured yet."),
-            "report": Command("vistok.cli.bench:report", "Write a sweep's tables and curves."),
+            "ablate": Command("vistok.cli.bench:ablate", "Swap one step of a recipe, hold the rest, and measure."),
+            "report": Command("vistok.cli.bench:report", "Write a sweep's page, tables and curves."),
+            "rank": Command("vistok.cli.bench:rank", "Rank methods by all that was measured, however sparse."),
             "diff": Command("vistok.cli.bench:diff", "Say what changed between two sweeps, beyond noise."),
         },
     ),

@@ -1,12 +1,13 @@
-"""Opening a user's picture: any file, however wrong, gives an RGB picture or one clear line."""
+"""Pictures that a command is given by name: a user's file, or one of the world."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vistok.bench import pictures
+from vistok.bench.pictures import LARGEST_PIXELS, Unusable
 from vistok.cli.console import UserError
 from vistok.world import TASKS, derive_seed, make
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
     from vistok.world import Picture
 
-LARGEST_PIXELS = 50_000_000
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is tried. Pillow reads more, some of it by starting other programs (EPS), which a picture must not do."""
 _WORLD = re.compile(r"world:([^:]*)(?::(.*))?")
 
 
@@ -26,91 +24,10 @@ def open_picture(name: str, argument: str = "PICTURE") -> Image.Image:
 
     Raises UserError, naming ``argument``, for whatever is not a whole picture of at most 50 megapixels.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    path = Path(name).expanduser()
-    _check_file(path, name, argument)
-    too_large = f"must have at most {LARGEST_PIXELS / 1e6:.0f} megapixels"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is raised
-        try:
-            # Reads the header only: nothing is decoded before its size is known.
-            with Image.open(path, formats=_readable()) as image:
-                if image.width * image.height > LARGEST_PIXELS:
-                    raise UserError(argument, name, f"{too_large}, it has {image.width} x {image.height}")
-                image.load()
-                return _rgb(_upright(image))
-        except UserError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise UserError(argument, name, too_large) from error
-        except UnidentifiedImageError as error:
-            raise UserError(argument, name, f"must be a picture ({', '.join(FORMATS[:6])}, ...)") from error
-        except Exception as error:  # a broken file can raise nearly anything in a decoder
-            raise UserError(argument, name, f"must be a whole picture, it is cut off or corrupt ({error})") from error
-
-
-def _check_file(path: Path, name: str, argument: str) -> None:
     try:
-        if not path.exists():
-            raise UserError(argument, name, "there is no such file")
-        if path.is_dir():
-            raise UserError(argument, name, "must be a file, it is a folder")
-        if not path.is_file():  # a device or a pipe could be endless
-            raise UserError(argument, name, "must be a regular file")
-        if path.stat().st_size == 0:
-            raise UserError(argument, name, "must be a picture, the file is empty")
-    except (OSError, ValueError) as error:  # a name too long, a null byte, a folder that may not be entered
-        raise UserError(argument, name, f"cannot be read ({error})") from error
-
-
-def _readable() -> list[str]:
-    from PIL import Image
-
-    Image.init()
-    return [kind for kind in FORMATS if kind in Image.OPEN]
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; as it is where only the EXIF block is broken."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode."""
-    from PIL import Image
-
-    if image.mode.startswith(("I", "F")):
-        return _from_numbers(image)
-    if image.has_transparency_data or image.mode in ("LA", "PA", "RGBa", "La"):
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_numbers(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating-point greys: white is the smallest of 1 (floats), 255 and 65535 that is not exceeded.
-
-    Beyond 65535 white is the largest number there is. Pillow alone would cut all at 255.
-    """
-    import numpy as np
-    from PIL import Image
-
-    numbers = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    largest = float(numbers.max())
-    if image.mode.startswith("I;16"):
-        white = 65535.0
-    else:
-        scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((scale for scale in scales if largest <= scale), largest)
-    grey = np.clip(numbers / white * 255, 0, 255).round().astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        return pictures.open_picture(Path(name).expanduser(), LARGEST_PIXELS)
+    except Unusable as error:
+        raise UserError(argument, name, error.right) from error
 
 
 def world_picture(name: str, argument: str = "PICTURE") -> Picture | None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vistok.bench.pictures import Unusable
 from vistok.cli.console import UserError
-from vistok.cli.pictures import open_picture
 from vistok.world import TASKS
+from vistok.world.files import LINES
 
 if TYPE_CHECKING:
     from vistok.bench.measure import Case
-
-LINES = "pictures.jsonl"
 
 World = Annotated[str | None, typer.Option("--world", help=f"Ask about held-out pictures: {', '.join(TASKS)} or all.")]
 Data = Annotated[
@@ -45,29 +43,14 @@ def read_questions(world: str | None, data: Path | None, n: int, seed: int) -> t
 
 
 def _read(folder: Path) -> tuple[list[Case], list[str | None]]:
-    """The questions of a folder, in the form that ``vistok world sample`` writes (only these fields are read)."""
-    from vistok.bench.measure import Case
+    """The questions of a folder."""
+    from vistok.bench.folder import read_folder
 
-    path = folder / LINES
-    if not path.is_file():
-        raise UserError("--data", folder, f"must be a folder with a file {LINES}")
-    cases: list[Case] = []
-    answers: list[str | None] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        right = '{"image": file, "questions": [{"text": ..}]}'
-        try:
-            entry = json.loads(line)
-            asked = [(str(q["text"]), q.get("answer")) for q in entry["questions"]]
-            image = open_picture(str(folder / entry["image"]), "--data")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError("--data", f"{path}, line {number}", f"must be {right}") from error
-        cases += [Case(image, text, name=entry["image"]) for text, _ in asked]
-        answers += [None if answer is None else str(answer) for _, answer in asked]
-    if not cases:
-        raise UserError("--data", path, "must have at least one question")
-    return cases, answers
+    try:
+        cases = read_folder(folder)
+    except Unusable as error:
+        raise UserError("--data", error.got, error.right) from error
+    return cases, [case.truth.answer if case.truth else None for case in cases]
 
 
 def check_setting_path(out: Path) -> None:

@@ -43,6 +43,7 @@ class Question:
     things; for a comparison the things compared; for a chart value the bar or line and the labels of the value axis;
     for a form the whole row, key and value.
     choices: the possible answers where they are few and known, else empty.
+    also: other answers that count as right; no question of the world has any.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Question:
     answer: str
     evidence: Mask
     choices: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

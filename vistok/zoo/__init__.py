@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin, TorchAoConfig
 
 MODELS = Path(__file__).parent / "models"
 DEFAULT = "vistok-tiny"
@@ -46,21 +46,43 @@ def locate(name: str | Path) -> str:
     )
 
 
-def load(name: str | Path = DEFAULT, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load(
+    name: str | Path = DEFAULT,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    weights: str | None = None,
+) -> PreTrainedModel:
     """The model ``name`` in evaluation mode. ``dtype``: "auto" as saved, but float32 on a CPU; or a torch dtype's name.
 
-    Only safetensors weights are read and no code of the model's folder is run. Raises ModelNotFound.
+    ``weights``: those of the linear layers in so many bits, by torchao ("int8": a scale a row; "int4": one for 32
+    values, kept in bytes while it runs); activations stay in ``dtype``. Only safetensors weights are read and no code
+    of the model's folder is run. Raises ModelNotFound, and ValueError for other ``weights``.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "float32" if dtype == "auto" and place == "cpu" else dtype
+    how = {} if weights is None else {"quantization_config": _quantized(weights)}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(locate(name), dtype=wanted, use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(locate(name), dtype=wanted, use_safetensors=True, **how)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model: {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(place).eval()
+
+
+def _quantized(weights: str) -> TorchAoConfig:
+    import torch
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    if weights not in ("int8", "int4"):
+        raise ValueError(f"weights: got {weights!r}, must be 'int8', 'int4' or None")
+    if weights == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    four: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its stubs leave it out
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(32)))
 
 
 def load_processor(name: str | Path = DEFAULT) -> ProcessorMixin:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from transformers import DynamicCache
 
 from vistok.host.diffusion import Denoised, DiffusionDecoder, LayerSkip, Prune
 from vistok.world import Question
@@ -15,21 +14,24 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+Shown: TypeAlias = "Image.Image | Sequence[Image.Image]"
+"""What stands before a question: a picture, or several."""
 
-def prompt(processor: ProcessorMixin, question: str) -> str:
-    """One picture, one question, ready for the answer."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+
+def prompt(processor: ProcessorMixin, question: str, pictures: int = 1) -> str:
+    """One picture (or so many), then one question, ready for the answer."""
+    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def encode(processor: ProcessorMixin, pictures: Sequence[Image.Image], questions: Sequence[str]) -> BatchFeature:
-    """Model inputs of one batch, one picture a row, padded on the left."""
+def encode(processor: ProcessorMixin, pictures: Sequence[Shown], questions: Sequence[str]) -> BatchFeature:
+    """Model inputs of one batch, a picture or several a row, padded on the left."""
     processor.tokenizer.padding_side = "left"
-    texts = [prompt(processor, question) for question in questions]
+    rows = [list(shown) if isinstance(shown, Sequence) else [shown] for shown in pictures]
     # The template writes the first token itself.
     return processor(
-        images=[[picture] for picture in pictures],
-        text=texts,
+        images=rows,
+        text=[prompt(processor, question, len(row)) for row, question in zip(rows, questions, strict=True)],
         padding=True,
         return_tensors="pt",
         add_special_tokens=False,
@@ -40,7 +42,7 @@ def encode(processor: ProcessorMixin, pictures: Sequence[Image.Image], questions
 def ask(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Shown],
     questions: Sequence[str],
     *,
     batch_size: int = 32,
@@ -48,7 +50,8 @@ def ask(
 ) -> list[str]:
     """Greedy answers, one a (picture, question) pair, stripped of special tokens and outer white space.
 
-    A masked-diffusion model fills a token of its answer a step.
+    Several pictures in place of one stand in one prompt, all before the question. A masked-diffusion
+    model fills a token of its answer a step.
     """
     if is_diffusion(model):
         return denoise(model, processor, pictures, questions, batch_size=batch_size, cache=True)[0]
@@ -66,7 +69,7 @@ def ask(
 def ask_again(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Shown],
     turns: Sequence[tuple[str, str, str]],
     *,
     batch_size: int = 32,
@@ -80,17 +83,19 @@ def ask_again(
     for start in range(0, len(turns), batch_size):
         rows = turns[start : start + batch_size]
         inputs = encode(processor, pictures[start : start + batch_size], [turn[0] for turn in rows]).to(model.device)
-        cache = DynamicCache(config=model.config.get_text_config())
         # By generate, as the second turn is: a bare forward counts the padding in its positions.
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        read = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         later = processor.tokenizer(
             [_second_turn(processor, *turn) for turn in rows],
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",
         ).to(model.device)
-        both = {name: torch.cat([inputs[name], later[name]], 1) for name in ("input_ids", "attention_mask")}
-        made = model.generate(**both, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        both: dict[str, Any] = {
+            name: torch.cat([inputs[name], later[name]], 1) for name in ("input_ids", "attention_mask")
+        }
+        both |= {"past_key_values": read.past_key_values, "cache_implementation": None}  # the cache is made already
+        made = model.generate(**both, max_new_tokens=max_new_tokens, do_sample=False)
         new = made[:, both["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers
@@ -114,7 +119,7 @@ def is_diffusion(model: PreTrainedModel) -> bool:
 def denoise(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Shown],
     questions: Sequence[str],
     *,
     steps: int | None = None,
@@ -148,8 +153,8 @@ def spoken(processor: ProcessorMixin, ids: torch.Tensor) -> list[str]:
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Whether ``answer`` is the question's, by ``same_answer``."""
-    return same_answer(question.answer, answer)
+    """Whether ``answer`` is the question's, or another that counts as right, by ``same_answer``."""
+    return any(same_answer(right, answer) for right in (question.answer, *question.also))
 
 
 def same_answer(right: str, answer: str) -> bool:

@@ -3,7 +3,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const value = (row, column) => {
     const cell = row.cells[column];
-    return cell.dataset.value === undefined ? cell.textContent.trim() : cell.dataset.value;
+    if (cell.dataset.value !== undefined) return cell.dataset.value;
+    return (cell.firstChild ? cell.firstChild.textContent : "").trim().replace(/%$/, ""); // without its interval
   };
   [...table.tHead.rows[0].cells].forEach((heading, column) => {
     const button = document.createElement("button");
