@@ -13,8 +13,8 @@ of answers is measured, which takes twice the time), tables ``[hyper.NAME]`` wit
 ``[data.NAME]`` with pictures and questions of your own, asked as the task NAME (docs/data.md).
 
 A method is the name of a system, several with "+" between them, or one whose steps are swapped
-(``vistok.host.recipe``): "holov:select=max_sum:merge=nearest". The dense model, random and uniform tokens are in every sweep, and every method is
-held against the dense model once with all tokens kept.
+(``vistok.host.recipe``): "holov:select=max_sum:merge=nearest". The dense model, random and uniform tokens are in every
+sweep, and every method is held against the dense model once with all tokens kept.
 """
 
 from __future__ import annotations
