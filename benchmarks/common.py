@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -31,9 +32,13 @@ THUMBNAIL = (SIDE // PATCH) ** 2
 def build(tokens: int = 576, width: int = 512, layers: int = 12) -> Any:
     """LLaVA's own classes with random weights, CLIP tower and Llama decoder of one width and depth.
 
-    ``tokens``: 576, one picture of 336 px in 14 px patches; or 2880, LLaVA-NeXT's thumbnail and four crops of a square
-    picture (its 48 newlines not counted).
+    ``tokens``: a square number, one picture in 14 px patches (576: of 336 px); or 2880, LLaVA-NeXT's thumbnail and four
+    crops of a square picture (its 48 newlines not counted).
     """
+    side = math.isqrt(tokens)
+    if side**2 != tokens and tokens != 5 * THUMBNAIL:
+        raise ValueError(f"tokens: got {tokens}, must be a square number or {5 * THUMBNAIL}")
+    cut = side**2 != tokens
     torch.manual_seed(0)
     shape = {
         "hidden_size": width,
@@ -41,14 +46,12 @@ def build(tokens: int = 576, width: int = 512, layers: int = 12) -> Any:
         "num_hidden_layers": layers,
         "num_attention_heads": width // 64,
     }
-    vision = CLIPVisionConfig(**shape, image_size=SIDE, patch_size=PATCH)
+    vision = CLIPVisionConfig(**shape, image_size=SIDE if cut else side * PATCH, patch_size=PATCH)
     text = LlamaConfig(**shape, vocab_size=1000, max_position_embeddings=4096)
-    if tokens == THUMBNAIL:
+    if not cut:
         return LlavaForConditionalGeneration(
             LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
         ).eval()
-    if tokens != 5 * THUMBNAIL:
-        raise ValueError(f"tokens: got {tokens}, must be {THUMBNAIL} or {5 * THUMBNAIL}")
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
@@ -63,13 +66,14 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(5, 900, (1, TEXT), generator=generator)
     cut = isinstance(model, LlavaNextForConditionalGeneration)
-    length = THUMBNAIL + 4 * THUMBNAIL + 2 * SIDE // PATCH if cut else THUMBNAIL
+    side = model.config.vision_config.image_size
+    length = THUMBNAIL + 4 * THUMBNAIL + 2 * SIDE // PATCH if cut else (side // PATCH) ** 2
     ids = torch.cat([torch.tensor([[1]]), torch.full((1, length), IMAGE), words], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if cut:
         pixels = torch.randn(1, 5, 3, SIDE, SIDE, generator=generator)
         return {**inputs, "pixel_values": pixels, "image_sizes": torch.tensor([[2 * SIDE, 2 * SIDE]])}
-    return {**inputs, "pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator)}
+    return {**inputs, "pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
 def first_token(model: Any, inputs: dict[str, Tensor]) -> None:

@@ -5,8 +5,9 @@ attention maps (``output_attentions=True``). Ours: fused attention stays on, and
 computed. For methods that read the encoder the vision tower runs alone; for those that read the language model, the
 language model (at the method's own schedule of counts, against the same schedule with nothing scored).
 
-time ratio = (ours - plain) / (usual - plain), medians of runs in turn; memory ratio = the same of peak resident memory,
-each way in a process of its own. Random weights, N = 2880 visual tokens (LLaVA-NeXT's thumbnail and four crops).
+time ratio = (ours - plain) / (usual - plain), medians of runs in turn; memory ratio = the same of the bytes that each
+way needs at its peak beyond what was held before (resident memory, Linux). Random weights, N = 2880 visual tokens
+(LLaVA-NeXT's thumbnail and four crops).
 
 python -m benchmarks.reduce_vs_authors [--methods a,b] [--repeats 3] [--layers 6] [--json]
 """
@@ -16,10 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ import vistok
 from benchmarks.common import build, first_token, in_turn, inputs_of, machine, machine_line
 from benchmarks.reduce_overhead import Given
 from vistok import catalogue
+from vistok.bench.resources import peak_bytes
 from vistok.host.reducer import Reducer
 from vistok.host.vision import ATTENTION_FIELDS
 
@@ -83,34 +83,15 @@ def runs_of(model: Any, method: Reducer) -> dict[str, Callable[[], None]]:
     return {"plain": given, "ours": answer(method), "usual": usual(model.model.language_model, given)}
 
 
-def high_water() -> int:
-    """Most bytes of this process that were ever resident (Linux). Its maximum by getrusage would begin with its
-    parent's, which holds a model."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def peak(layers: int, slug: str, way: str) -> int:
-    """Peak resident bytes of one way, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.reduce_vs_authors", "--layers", str(layers), "--peak", slug, way]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="", help="comma-separated; default: all that read attention")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--peak", nargs=2, metavar=("METHOD", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model = build(TOKENS, layers=options.layers)
-    if options.peak:
-        slug, way = options.peak
-        runs_of(model, vistok.create(slug))[way]()
-        print(high_water())
-        return
     names = options.methods.split(",") if options.methods else [card.slug for card in catalogue.methods("reduce")]
     for slug in names:
         method = vistok.create(slug)
@@ -124,9 +105,9 @@ def main() -> None:
             continue
         times = in_turn(runs, options.repeats)
         middle = {way: statistics.median(times[way]) for way in WAYS}
-        memory = {way: peak(options.layers, slug, way) for way in WAYS}
+        memory = {way: peak_bytes(model.device, runs[way]) or 0 for way in WAYS}
         time_ratio = (middle["ours"] - middle["plain"]) / (middle["usual"] - middle["plain"])
-        memory_ratio = (memory["ours"] - memory["plain"]) / (memory["usual"] - memory["plain"])
+        memory_ratio = (memory["ours"] - memory["plain"]) / max(1, memory["usual"] - memory["plain"])
         row = {
             "method": slug,
             "reads": reads(method),

@@ -3,27 +3,38 @@
     lmms-eval --model vistok --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=fastervlm,keep=64,layer=-2
         --tasks mme --batch_size 8 --device cuda:0
 
-Image tasks that are answered in words. Each logged sample says, as input_tokens, how many tokens the language model was
-given. Nothing of lmms-eval is imported before it asks for the model.
+Image and video tasks that are answered in words. Each logged sample says, as input_tokens, how many tokens the language
+model was given. Nothing of lmms-eval is imported before it asks for the model.
+
+Of a video ``num_frames`` frames are shown, evenly spaced from the first to the last. A model that reads videos (its
+host in vistok and its processor do, and its chat template has a place for one) gets them as its processor's video
+input, which a method counts as one picture: ``keep`` is of the whole video. Any other gets them as so many pictures of
+one prompt, and ``keep`` is of each.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from vistok.bench.measure import DENSE, is_dense
+from vistok.bench.video import clip_of
 from vistok.host import Session, apply
+from vistok.host.hosts import UnsupportedModel, host_of
 from vistok.zoo import DEFAULT, load, load_processor
 
 NAME, CLASS = "vistok", "VistokModel"
 LONGEST = 1024
 """New tokens of an answer where the task sets no limit."""
+FRAMES = 8
+Way = Literal["video", "pictures"]
 
 
 def manifest() -> Any:
@@ -48,7 +59,7 @@ class Answers:
     ``pretrained``: as ``vistok.load``. ``method``: a name, a file that ``vistok auto`` wrote, or "dense". ``keep`` and
     ``position`` as in ``vistok.apply`` (``keep=1`` is one token, ``keep=1.0`` all), ``hyper``: the method's
     hyper-parameters, by name. ``batch_size``: questions at a time. ``device``: "cpu", "cuda:0", ...; None: a GPU if
-    there is one. ``dtype``: as ``vistok.load``.
+    there is one. ``dtype``: as ``vistok.load``. ``num_frames``: shown of a video.
 
     Raises ValueError for wrong arguments and what ``vistok.load`` and ``vistok.apply`` raise, before any task is read.
     """
@@ -65,6 +76,7 @@ class Answers:
         dtype: str = "auto",
         position: Any = None,
         max_batch_size: int | None = None,
+        num_frames: int | str = FRAMES,
         **hyper: Any,
     ) -> None:
         super().__init__()
@@ -74,8 +86,12 @@ class Answers:
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size: got {batch_size!r}, must be a number of questions >= 1")
         self.batch_size = int(batch_size)
+        if not str(num_frames).isdecimal() or int(num_frames) < 1:
+            raise ValueError(f"num_frames: got {num_frames!r}, must be a number of frames >= 1")
+        self.num_frames = int(num_frames)
         if is_dense(method) and (hyper or keep is not None or position is not None):
             raise ValueError(f"method: {', '.join(hyper) or 'keep or position'} is given, but the method is {DENSE!r}")
+        self.pretrained = pretrained
         self.model, self.processor = load(pretrained, dtype=dtype, device=device), load_processor(pretrained)
         self.processor.tokenizer.padding_side = "left"
         self._given = {"method": method, "keep": keep, "position": position, **hyper}
@@ -87,6 +103,25 @@ class Answers:
 
     def _session(self) -> Session | None:
         return None if is_dense(self._given["method"]) else apply(self.model, **self._given)
+
+    @cached_property
+    def way(self) -> Way:
+        """How this model is shown a video. ValueError if it can be shown none."""
+        found = way_of(self.model, self.processor)
+        if found is None:
+            raise ValueError(
+                f"pretrained: {self.pretrained} can be shown no video: its chat template has no place for several "
+                "pictures, nor for a video that vistok can reduce; must be another model"
+            )
+        return found
+
+    def _watch(self, shown: Any) -> list[dict[str, Any]]:
+        """Parts of a message that show a video."""
+        way = self.way
+        clip = clip_of(shown, self.num_frames)
+        if way == "video":
+            return [{"type": "video", "video": clip.pixels(), "clip": clip}]
+        return [{"type": "image", "image": frame} for frame in clip.frames]
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """One GenerationResult a request, in their order. A request's ``args`` end in doc_to_messages, gen_kwargs,
@@ -100,7 +135,7 @@ class Answers:
             chats = []
             for row in rows:
                 to_messages, _, doc, task, split = asked[row]
-                chats.append(messages(to_messages(self.task_dict[task][split][doc]), task))
+                chats.append(messages(to_messages(self.task_dict[task][split][doc]), task, self._watch))
             for row, (answer, given, made) in zip(rows, self._answer(chats, how), strict=True):
                 results[row] = GenerationResult(answer, TokenCounts(input_tokens=given, output_tokens=made))
         return results
@@ -108,14 +143,20 @@ class Answers:
     @torch.inference_mode()
     def _answer(self, chats: list[list[dict[str, Any]]], how: Mapping[str, Any]) -> list[tuple[str, int, int]]:
         """(answer, tokens that the language model was given, tokens of the answer) of each chat."""
+        how_read: dict[str, Any] = {"padding": True}
+        parts = [part for chat in chats for message in chat for part in message["content"]]
+        if clips := [part.pop("clip") for part in parts if part["type"] == "video"]:
+            how_read |= {"do_sample_frames": False, "video_metadata": [clip.metadata() for clip in clips]}
         inputs = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device, dtype=self.model.dtype)
+            processor_kwargs=how_read,
+        ).to(self.model.device)
+        # Only pixels: the times of a video's frames would be rounded.
+        inputs.update({name: given.to(self.model.dtype) for name, given in inputs.items() if "pixel_values" in name})
         with self._session() or nullcontext() as session:
             made = self.model.generate(**inputs, **generation(how))[:, inputs["input_ids"].shape[1] :]
         given = inputs["attention_mask"].sum(1).tolist()
@@ -143,18 +184,47 @@ def batches(hows: Sequence[Mapping[str, Any]], size: int) -> Iterator[list[int]]
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def messages(chat: Sequence[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
-    """lmms-eval's messages as a chat template takes them. ValueError for anything but words and pictures."""
+def messages(
+    chat: Sequence[Mapping[str, Any]], task: str, watch: Callable[[Any], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """lmms-eval's messages as a chat template takes them; ``watch`` makes the parts that show a video. ValueError for
+    anything but words, pictures and videos."""
 
-    def part(content: Mapping[str, Any]) -> dict[str, Any]:
+    def parts(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         if content["type"] == "text":
-            return {"type": "text", "text": content["text"]}
-        if content["type"] != "image":
-            raise ValueError(f"tasks: {task} has a message of type {content['type']!r}, must be text or image")
+            return [{"type": "text", "text": content["text"]}]
+        if content["type"] not in ("image", "video"):
+            raise ValueError(f"tasks: {task} has a message of type {content['type']!r}, must be text, image or video")
         shown = content["url"]
-        return {"type": "image", "image": shown.convert("RGB") if isinstance(shown, Image.Image) else shown}
+        if content["type"] == "video":
+            return watch(shown)
+        return [{"type": "image", "image": shown.convert("RGB") if isinstance(shown, Image.Image) else shown}]
 
-    return [{"role": message["role"], "content": [part(content) for content in message["content"]]} for message in chat]
+    return [
+        {"role": message["role"], "content": [part for content in message["content"] for part in parts(content)]}
+        for message in chat
+    ]
+
+
+def way_of(model: Any, processor: Any) -> Way | None:
+    """How a model can be shown a video: as one, as several pictures of one prompt, or (None) in neither way."""
+
+    def written(kind: str, count: int) -> str | None:
+        """The prompt with so many of a kind; None if the template refuses."""
+        content = [*({"type": kind} for _ in range(count)), {"type": "text", "text": "?"}]
+        try:
+            return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except (TemplateError, ValueError, TypeError):
+            return None
+
+    try:
+        reads = host_of(model).videos and getattr(processor, "video_processor", None) is not None
+    except UnsupportedModel:
+        reads = False
+    if reads and (getattr(processor, "video_token", None) or "<video>") in (written("video", 1) or ""):
+        return "video"
+    two = written("image", 2)
+    return None if two is None or two == written("image", 1) else "pictures"
 
 
 def generation(how: Mapping[str, Any]) -> dict[str, Any]:
