@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.bench.test_report import Page
-from vistok.bench import rows
+from vistok.bench import joint, rows, summary
 from vistok.bench.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, chart, looks
 from vistok.bench.compare import case_of
 from vistok.bench.figures import dropped, outline
@@ -65,6 +65,18 @@ def made(folder, method="random", keep=0.5, tokens=98.0, right=(1, 0, 1, 1) * 2,
     return cell
 
 
+@pytest.fixture(autouse=True)
+def quick_intervals(monkeypatch):
+    """Ten thousand resamples for every number of a page would take minutes."""
+
+    def interval(values, others, *, seed=0):
+        middle = float(np.mean(values) - np.mean(others))
+        return middle - 0.1, middle + 0.1
+
+    monkeypatch.setattr(summary, "paired_bootstrap", interval)
+    monkeypatch.setattr(joint, "paired_bootstrap", interval)
+
+
 HITS = {
     "random": (1, 0, 0, 0, 1, 0, 0, 0),
     "uniform": (1, 0, 0, 1, 0, 0, 0, 0),
@@ -107,6 +119,17 @@ def test_all_pieces_are_there(tmp_path):
         len([one for one in page.all("svg") if one.get("role") == "img" and "overlay" not in one.get("class", "")]) == 4
     )
     assert len(page.all("table")) == 2 + 2 * 4
+
+
+def test_places_and_methods_stand_in_order_whatever_the_files_are_called(tmp_path):
+    for more in ({"protocol": "noise-1"}, {"weights": "int8"}, {}):
+        frame = sweep_of(tmp_path, task="words", weight_bytes=10**6, **more)
+    text = page_of(frame)
+    links = re.findall(r'<li><a href="#place-\d">(.*?)</a>', text)
+    assert links == ["as it is, words, single", "as it is, words, noise-1", "int8 weights, words, single"]
+    legend = re.findall(r'<li data-m="(.*?)">', text[text.index('id="place-1"') :])
+    assert legend[:5] == ["dense", "random", "uniform", "fastv", "holov"]
+    assert re.findall(r"<h3>keep (.*?)</h3>", text) == ["50%", "10%"]
 
 
 def test_the_numbers_are_the_summary_s(tmp_path):
@@ -186,16 +209,18 @@ def test_long_answers_are_held_by_chrf(tmp_path):
 
 
 def test_a_quick_sweep_stays_small(tmp_path):
-    for task in ("scenes", "words", "charts", "forms"):
-        for protocol in ("single", "detail", "noise-3"):
-            how = {"task": task, "protocol": protocol, "decode_ms": 1.0, "peak_bytes": 10**6, "probability": 0.5}
-            how |= {"confidence": 0.5, "weight_bytes": 10**7}
-            made(tmp_path, "dense", 1.0, 196.0, **how)
-            for keep, tokens in ((0.5, 98.0), (0.25, 49.0), (0.1, 20.0)):
-                for number in range(10):
-                    made(tmp_path, f"method-{number}" if number > 1 else METHODS[number], keep, tokens, **how)
+    how = {"decode_ms": 1.0, "peak_bytes": 10**6, "probability": 0.5, "confidence": 0.5, "weight_bytes": 10**7}
+    made(tmp_path, "dense", 1.0, 196.0, **how)
+    for keep, tokens in ((0.5, 98.0), (0.25, 49.0), (0.1, 20.0)):
+        for number in range(10):
+            made(tmp_path, f"method-{number}" if number > 1 else METHODS[number], keep, tokens, **how)
     frame = rows.read(tmp_path)
-    assert len(page_of(frame).encode()) < 1_500_000
+    found = summarise(frame)
+    places = [(task, rule) for task in ("scenes", "words", "charts") for rule in ("single", "detail", "x", "y")]
+    every = [{**row, "task": task, "protocol": protocol} for task, protocol in places for row in found]
+    text = render(frame, every, cases)
+    assert text.count('<section id="place-') == 12
+    assert len(text.encode()) < 1_500_000
 
 
 def test_methods_with_other_counts_are_not_held_against_random(tmp_path):

@@ -137,15 +137,17 @@ def fair(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ordered(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of a sweep's summary by place (single questions before other protocols) and method: the dense model, the
-    controls, then by name, the larger keep first."""
+    """Rows of a sweep's summary by place (the model as it is and single questions first) and method: the dense model,
+    the controls, then by name, the larger keep first."""
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        *where, protocol = (row[name] for name in PLACE)
+        where = [row[name] for name in ("model", "precision")]
+        where += [(row[name] != "none", row[name]) for name in HELD]
+        where += [row["task"], row["protocol"] != "single", row["protocol"]]
         known = (DENSE, *CONTROLS)
         rank = known.index(row["method"]) if row["method"] in known else len(known)
         how = (rank, row["method"], row["hyper"], row["counted"], -row["keep"])
-        return (*where, protocol != "single", protocol, *how)
+        return (*where, *how)
 
     return sorted(found, key=key)
 

@@ -151,12 +151,10 @@ def _overviews(groups: Mapping[tuple[Any, ...], list[Row]], ids: Mapping[tuple[A
 
 def _short(row: Row, groups: Mapping[tuple[Any, ...], Any]) -> str:
     """The place of a row without what all places share."""
-    told = [
-        str(row[name])
-        for number, name in enumerate(PLACE)
-        if name in ("task", "protocol") or len({place[number] for place in groups}) > 1
-    ]
-    return ", ".join(told)
+    varied = [name for name, values in zip(PLACE, zip(*groups, strict=True), strict=True) if len(set(values)) > 1]
+    told = [row[name] for name in ("model", "precision") if name in varied]
+    told += [held_name(row)] if {"weights", "cache"} & {*varied} else []
+    return ", ".join([*told, row["task"], row["protocol"]])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -152,7 +152,9 @@ def curves(found: Sequence[Mapping[str, Any]]) -> tuple[bytes, bytes]:
     places: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in ordered(found):
         places.setdefault(place_name(row), {}).setdefault(setting_name(row), []).append(row)
-    figure, axes = pyplot.subplots(len(places), 2, figsize=(11, 4 * len(places)), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(places), 2, figsize=(11, 4 * len(places)), squeeze=False, gridspec_kw={"hspace": 0.35}
+    )
     for panels, (place, by_method) in zip(axes, places.items(), strict=True):
         for axis, key, label in zip(panels, ("tokens", "ttft_ms"), ("tokens, mean over layers", "ms"), strict=True):
             for number, (method, rows) in enumerate(by_method.items()):

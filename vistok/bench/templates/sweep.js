@@ -16,11 +16,13 @@
     bar.append(button);
   }
   const named = [...document.querySelectorAll("[data-m]")];
+  const always = ["dense", "random"];
   field.addEventListener("input", () => {
     const words = field.value.toLowerCase().split(/[\s,]+/).filter(Boolean);
     for (const one of named) {
       const name = one.dataset.m.toLowerCase();
-      one.toggleAttribute("data-off", words.length > 0 && !words.some((word) => name.includes(word)));
+      const shown = !words.length || always.includes(name) || words.some((word) => name.includes(word));
+      one.toggleAttribute("data-off", !shown);
     }
   });
   const follow = () => {
