@@ -38,7 +38,7 @@ def rank(frame: polars.DataFrame, seed: int = 0, resamples: int = 100) -> list[d
     met = np.isfinite(shared).any(1)
     if not met.any():
         raise ValueError("frame: must hold at least two methods that were asked the same question with as many tokens")
-    names = [name for name, there in zip(names, met, strict=True) if there]
+    names = [names[number] for number in np.flatnonzero(met)]
     scores, shared = scores[met], shared[met]
     theta = fit_pl(to_pairs(shared), ALPHA, 1e-9)
     rng = np.random.default_rng(seed)
