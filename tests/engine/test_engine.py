@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from tests.engine.work import (
+    Counted,
     Job,
     Unpicklable,
     alive,
@@ -23,11 +24,13 @@ from tests.engine.work import (
     note_setup,
     noted,
     place,
+    place_of_both,
     ten,
     threads_of_torch,
     troubled,
     until,
     write,
+    writes_and_dies,
     written,
 )
 from vistok.engine import LocalEngine, RayEngine, Resources, SetupError, Status, claim
@@ -78,6 +81,29 @@ def test_a_killed_worker_costs_a_retry(processes, tmp_path):
     assert all(outcome.status is Status.DONE for outcome in outcomes.values())
 
 
+def test_a_worker_killed_after_it_wrote_costs_nothing(processes, tmp_path):
+    """What is there is not done again, nor called lost."""
+    outcomes = by_key(
+        processes.map(jobs(4), partial(writes_and_dies, tmp_path), done=partial(written, tmp_path), folder=tmp_path)
+    )
+    found = [(outcome.status, outcome.tries) for outcome in outcomes.values()]
+    assert found == [(Status.DONE, 1), (Status.PRESENT, 1), (Status.FAILED, 2), (Status.DONE, 1)]
+    ends = [key for what, key, _ in noted(tmp_path) if what == "end"]
+    assert sorted(ends) == ["cell-000", "cell-001", "cell-003"]
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_key_is_asked_for_once(tmp_path):
+    cells = [Counted(number) for number in range(5)]
+    outcomes = list(LocalEngine().map(cells, number_of, folder=tmp_path, done=partial(written, tmp_path)))
+    assert [outcome.key for outcome in outcomes] == [job.key for job in jobs(5)]
+    assert [cell.asked for cell in cells] == [1] * 5
+
+
+def number_of(state, cell) -> int:
+    return cell.number
+
+
 def test_the_killer_is_named_and_no_retries_is_no_retry(tmp_path):
     outcomes = by_key(LocalEngine(spawn=True).map(jobs(2), partial(dies_once, tmp_path), retries=0))
     assert outcomes["cell-001"].tries == 1
@@ -105,8 +131,8 @@ def test_setup_runs_once_a_worker(engine, tmp_path):
     assert (pids == {os.getpid()}) == (not _travels(engine))
 
 
-def test_workers_have_their_own_cores_and_threads():
-    outcomes = list(LocalEngine(2).map(jobs(6), place))
+def test_workers_have_their_own_cores_and_threads(tmp_path):
+    outcomes = list(LocalEngine(2).map(jobs(2), partial(place_of_both, tmp_path)))
     cores = {outcome.value["pid"]: outcome.value["cores"] for outcome in outcomes}
     assert {outcome.value["threads"] for outcome in outcomes} == {"1"}
     if hasattr(os, "sched_getaffinity"):

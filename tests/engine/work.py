@@ -17,6 +17,18 @@ class Job:
     number: int = 0
 
 
+class Counted:
+    """A cell that counts how often its key is asked for, which may be a hash of much."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.asked = number, 0
+
+    @property
+    def key(self) -> str:
+        self.asked += 1
+        return f"cell-{self.number:03}"
+
+
 @dataclass(frozen=True)
 class Unpicklable:
     key: str
@@ -91,6 +103,15 @@ def write(folder, seconds, state, cell):
     return os.getpid()
 
 
+def writes_and_dies(folder, state, cell):
+    """Cell 1 is written and its worker killed before it can say so; cell 2 kills without a word."""
+    if cell.number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(folder, 0, state, cell)
+    if cell.number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def written(folder, key: str) -> bool:
     return (Path(folder) / f"{key}.result").exists()
 
@@ -100,6 +121,13 @@ def place(state, cell):
     time.sleep(0.3)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return {"pid": os.getpid(), "cores": cores, "threads": os.environ.get("OMP_NUM_THREADS"), "state": state}
+
+
+def place_of_both(folder, state, cell):
+    """``place``, once two processes are at it."""
+    note(folder, f"here {cell.key} {os.getpid()}")
+    until(lambda: len({pid for _, _, pid in noted(folder)}) == 2, 60)
+    return place(state, cell)
 
 
 def threads_of_torch(state, cell):

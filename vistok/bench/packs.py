@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +50,12 @@ class Compaction:
 class _Index:
     """The cells in the packs of a folder, as this process saw it last."""
 
-    stamp: tuple[int, int] | None = None
+    stamp: int | None = None
     packs: Mapping[Path, frozenset[str]] = field(default_factory=dict)
     cells: frozenset[str] = frozenset()
 
 
-_indices: dict[tuple[Path, Schema], _Index] = {}
+_indices: dict[tuple[int, int, Schema], _Index] = {}
 
 
 def packs(folder: Path) -> list[Path]:
@@ -64,20 +65,18 @@ def packs(folder: Path) -> list[Path]:
 
 def cells(folder: Path, schema: Schema) -> frozenset[str]:
     """Keys of the cells that are in packs. Each pack is read whole once by a process, after that none is opened."""
-    index = _indices.setdefault((folder.absolute(), schema), _Index())
     try:
-        seen = os.stat(folder / "packs")
+        seen = os.stat(os.path.join(folder, "packs"))
     except FileNotFoundError:
-        index.stamp, index.packs, index.cells = None, {}, frozenset()
-        return index.cells
-    stamp = (seen.st_ino, seen.st_mtime_ns)
-    if stamp != index.stamp:
+        return frozenset()
+    index = _indices.setdefault((seen.st_dev, seen.st_ino, schema), _Index())
+    if seen.st_mtime_ns != index.stamp:
         found = {}
         for path in packs(folder):
             found[path] = index.packs[path] if path in index.packs else _cells_of(load(path, schema, ["cell"]))
         index.packs, index.cells = found, frozenset().union(*found.values())
         # A change so soon after this one might bear its time, and not be seen.
-        index.stamp = stamp if time.time() - seen.st_mtime > _TICK else None
+        index.stamp = seen.st_mtime_ns if time.time() - seen.st_mtime > _TICK else None
     return index.cells
 
 
@@ -121,7 +120,7 @@ def compact(folder: Path, singles: Path, schema: Schema) -> Compaction:
         for path in (*parts, *new):
             batch.add(path)
         batch.write("part")
-    for path in singles.glob(".*"):
+    for path in (*singles.glob(".*"), *(folder / "packs").glob(".*")):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE:
                 path.unlink()
@@ -170,7 +169,7 @@ class _Batch:
 
 def _write_through(path: Path, data: bytes) -> None:
     """Write to the disk itself, under another name, then rename: what follows may rely on it though the power fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

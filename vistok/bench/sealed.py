@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -74,7 +73,7 @@ def content(path: Path, schema: Schema) -> bytes | None:
         return data if fits else None
 
 
-def load(path: Path, schema: Schema, columns: Sequence[str] | None = None) -> polars.DataFrame | None:
+def load(path: Path, schema: Schema, columns: list[str] | None = None) -> polars.DataFrame | None:
     """The rows in ``content``, all columns or some of them."""
     import polars
 
@@ -98,7 +97,7 @@ def _fits(data: bytes, schema: Schema) -> bool | None:
 
 
 def _put_aside(path: Path, seen: BinaryIO) -> None:
-    """Rename the file that was ``seen``, which is still open: meanwhile another may have been renamed into its place."""
+    """Rename the file that was ``seen``, still open: another may have been renamed into its place meanwhile."""
     moved = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         if not os.path.samestat(os.stat(path), os.fstat(seen.fileno())):

@@ -59,6 +59,7 @@ COMMANDS: Mapping[str, Command | Group] = {
         {
             "run": Command("vistok.cli.bench:run", "Measure the cells of a sweep that are not measured yet."),
             "ablate": Command("vistok.cli.bench:ablate", "Swap one step of a recipe, hold the rest, and measure."),
+            "compact": Command("vistok.cli.bench:compact", "Pack the rows of finished cells into few files."),
             "report": Command("vistok.cli.bench:report", "Write a sweep's page, tables and curves."),
             "rank": Command("vistok.cli.bench:rank", "Rank methods by all that was measured, however sparse."),
             "diff": Command("vistok.cli.bench:diff", "Say what changed between two sweeps, beyond noise."),

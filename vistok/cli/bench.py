@@ -252,6 +252,33 @@ def _measure(
         raise UserError("CONFIG", str(config or "flags"), f"has {failed} cells that could not be measured (see above)")
 
 
+def compact(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `vistok bench run` wrote or writes.")] = OUT,
+    as_json: Json = False,
+) -> None:
+    """Move the rows of finished cells, one file each, into few files; also while drivers are at work."""
+    if not (folder / "rows").is_dir():
+        raise UserError("FOLDER", str(folder), "must hold the results of `vistok bench run`")
+    from vistok.bench import rows
+    from vistok.engine import claim, owner_of
+
+    taken = claim(folder, "compact")
+    if taken is None:
+        at_work = owner_of(folder, "compact")
+        raise UserError("FOLDER", str(folder), f"must not be under another compaction; {at_work} is at it")
+    with taken:
+        done = rows.compact(folder)
+    if as_json:
+        emit(vars(done))
+        return
+    console().print(
+        f"{done.cells} cells packed: {done.files_before} files of {done.bytes_before / 1e6:.1f} MB "
+        f"are now {done.files_after} of {done.bytes_after / 1e6:.1f} MB",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `vistok bench run` wrote.")] = OUT,
 ) -> None:

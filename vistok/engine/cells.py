@@ -40,7 +40,7 @@ class Status(StrEnum):
     FAILED = "failed"
     """It raised, or its worker died more often than there were retries; the error is in the outcome."""
     PRESENT = "present"
-    """Left alone: its result was there already."""
+    """Its result was there: before it was handed out, or its worker wrote it and died (then ``tries`` is not 0)."""
     HELD = "held"
     """Left alone: another live driver was at it to the end."""
 

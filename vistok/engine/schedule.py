@@ -12,7 +12,7 @@ import pickle
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -115,12 +115,12 @@ class Engine(ABC):
                 could import, or more than the machine has.
             SetupError: ``setup`` raised, or kept killing its process.
         """
-        todo = list(cells)
-        seen: set[str] = set()
-        for cell in todo:
-            if check_key(cell.key) in seen:
-                raise ValueError(f"cells holds the key {cell.key!r} twice; a cell is run once")
-            seen.add(cell.key)
+        todo: dict[str, AnyCell] = {}
+        for cell in cells:
+            key = check_key(cell.key)  # asked for once: a hash of the content takes longer than all else here
+            if key in todo:
+                raise ValueError(f"cells holds the key {key!r} twice; a cell is run once")
+            todo[key] = cell
         if retries < 0:
             raise ValueError(f"retries is {retries}; it is 0 or more")
         first = setup or no_setup
@@ -158,13 +158,10 @@ def in_words(error: BaseException, frames: Any = None) -> tuple[str, str]:
 class _Task(Generic[AnyCell]):
     """A cell on its way."""
 
+    key: str
     cell: AnyCell
     claim: Claim | None = None
     tries: int = 0
-
-    @property
-    def key(self) -> str:
-        return self.cell.key
 
     def end(self, status: Status, **fields: Any) -> Outcome[Any]:
         """The outcome; the claim is given back, as the result is written by now."""
@@ -182,7 +179,7 @@ class _Sweep:
 
     def __init__(
         self,
-        cells: Sequence[Cell],
+        cells: Mapping[str, Cell],
         retries: int,
         on_done: OnDone | None,
         folder: str | Path | None,
@@ -190,7 +187,7 @@ class _Sweep:
     ) -> None:
         self.total = len(cells)
         self.retries, self.on_done, self.folder, self.done = retries, on_done, folder, done
-        self.queue = deque(_Task(cell) for cell in cells)
+        self.queue = deque(_Task(key, cell) for key, cell in cells.items())
         self.held: deque[_Task[Any]] = deque()
         self.last_look = False
         self.waiting: deque[_Task[Any]] = deque()  # claimed, for the next idle worker
@@ -275,6 +272,13 @@ class _Sweep:
             return
         self.waiting.append(task)
 
+    def _is_there(self, task: _Task[Any]) -> bool:
+        """Whether the result is there; if that cannot be told, it is not."""
+        try:
+            return self.done is not None and self.done(task.key)
+        except Exception:
+            return False
+
     def _submit(self, pool: Pool, worker: int, task: _Task[Any]) -> None:
         task.tries += 1
         self.busy[worker] = task  # before the cell is sent: a stop from here on gives the claim back
@@ -305,7 +309,9 @@ class _Sweep:
                 raise SetupError(f"{self.lost} workers in a row died in setup; the last one {event.how}")
         elif worker in self.busy:
             task = self.busy.pop(worker)
-            if task.tries <= self.retries:
+            if self._is_there(task):  # it wrote the result and died before it could say so
+                self.ended.append(task.end(Status.PRESENT))
+            elif task.tries <= self.retries:
                 self.waiting.appendleft(task)
             else:
                 self.ended.append(task.fail(f"its worker died in try {task.tries} of {task.tries}; it {event.how}"))
