@@ -87,10 +87,11 @@ class WorldTrial:
         return denoising_ms(model, processor, self.cases[0], [prune, None], steps=model.config.answer_length)[0]
 
 
-def try_system(slug: str, trial: WorldTrial) -> dict[str, Any]:
+def try_system(slug: str, trial: Any) -> dict[str, Any]:
     """Measure the claim of one system: {"system", "claim", "metric", "baseline", "value", "holds", "seconds", "note"}.
 
-    A trial that has measured one system knows the dense model's answers when it measures the next.
+    ``trial``: a WorldTrial, for the vit family a ViTTrial. One that has measured one system knows the dense model's
+    answers when it measures the next.
     """
     start = time.perf_counter()
     outcome = claim_of(slug)(trial)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -18,7 +18,9 @@ from vistok.cli.options import check_folder
 
 if TYPE_CHECKING:
     from vistok.zoo.training import Recipe
+    from vistok.zoo.vit_training import ViTRecipe
 
+AnyRecipe: TypeAlias = "Recipe | ViTRecipe"
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 CHECKPOINT_EVERY = 25
 INTERRUPTED = 130
@@ -54,8 +56,7 @@ def train(
     folder = check_folder(Path("runs") / recipe.name if out is None else out)
     if not resume:
         (folder / "checkpoint" / "state.safetensors").unlink(missing_ok=True)
-    from vistok.zoo.training import train as run
-
+    run = _trainer(recipe)
     again = f"vistok train {recipe.name} --out {folder}" + ("" if seed is None else f" --seed {seed}")
     try:
         with stop_at_checkpoint() as on_step:
@@ -72,7 +73,7 @@ def train(
     _write_card(recipe, folder)
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> AnyRecipe:
     """The RECIPE of the file of that name in ``vistok/zoo/recipes``. Raises UserError."""
     stem = name.strip().lower().replace("-", "_")
     stems = sorted(path.stem for path in RECIPES.glob("[!_]*.py"))
@@ -123,13 +124,26 @@ def stop_at_checkpoint() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write_card(recipe: Recipe, folder: Path) -> None:
+def _trainer(recipe: AnyRecipe) -> Any:
+    """The function that trains it."""
+    from vistok.zoo.training import train as train_vlm
+    from vistok.zoo.vit_training import ViTRecipe, train_vit
+
+    return train_vit if isinstance(recipe, ViTRecipe) else train_vlm
+
+
+def _write_card(recipe: AnyRecipe, folder: Path) -> None:
     """Measure the model that was saved and write its model card."""
     from vistok.zoo import load, load_processor
     from vistok.zoo.evaluation import write_model_card
+    from vistok.zoo.vit_evaluation import write_vit_card
+    from vistok.zoo.vit_training import ViTRecipe
 
     _say("measuring it on held-out pictures")
-    card = write_model_card(recipe, load(folder), load_processor(folder), folder)
+    if isinstance(recipe, ViTRecipe):
+        card = write_vit_card(recipe, load(folder), folder)
+    else:
+        card = write_model_card(recipe, load(folder), load_processor(folder), folder)
     console().print(f"{folder}\n{card}", markup=False, soft_wrap=True)
 
 

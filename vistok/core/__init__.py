@@ -2,7 +2,8 @@
 
 ``score`` (how much a token matters), ``outlier`` (how many of them stand out), ``allocate`` (how many tokens go where),
 ``select`` (which ones stay; ``greedy`` and ``cluster`` hold its longer algorithms), ``merge`` (where the others end),
-``position`` (order and position ids of what stays), ``attention`` (the few rows and means of a map that scores need),
+``position`` (order and position ids of what stays), ``soft`` and ``supertoken`` (tokens that are weighted means of
+others), ``scan`` (state space models), ``attention`` (the few rows and means of a map that scores need),
 ``flops`` (what a transformer of given shapes costs).
 
 Conventions. B pictures, N tokens, K kept, D features. ``mask`` (B, N) is bool, False at a padded token, which is never

@@ -163,10 +163,15 @@ def bipartite_soft_matching(
     if order not in ("raster", "author"):
         raise ValueError(f"order: got {order!r}, must be 'raster' or 'author'")
     free = torch.arange(n, device=x.device)[None] >= protected
-    free = free.expand(b, n) if mask is None else free & mask
-    most = torch.where(free[:, 1::2].any(1), free[:, ::2].sum(1), 0)
-    if not 0 <= r <= (int(most.min()) if b else n):
-        raise ValueError(f"r: got {r}, must be between 0 and {int(most.min())}, the even-placed tokens free to merge")
+    if mask is None:  # known from the shapes: no wait for a device, no break in a compiled graph
+        free = free.expand(b, n)
+        most = len(range(protected + protected % 2, n, 2)) if n > (protected | 1) else 0
+    else:
+        free = free & mask
+        places = torch.where(free[:, 1::2].any(1), free[:, ::2].sum(1), 0)
+        most = int(places.min()) if b else n
+    if not 0 <= r <= most:
+        raise ValueError(f"r: got {r}, must be between 0 and {most}, the even-placed tokens free to merge")
 
     rows = unit(x if metric is None else metric)
     similarity = torch.bmm(rows[:, ::2], rows[:, 1::2].transpose(1, 2))

@@ -165,6 +165,9 @@ def apply(
     ``keep`` is of all its tokens, which lie frame after frame. A method that does not ask for whole pictures reduces
     each frame by itself with its share of ``keep``; others see all frames at once.
 
+    A vision transformer (timm VisionTransformer and Eva; ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP of transformers)
+    takes the methods of the vit family instead: see ``vistok.host.vit.session.apply_vit`` for its arguments.
+
     Logits and hidden states of a prompt are those of the tokens that are left. ``labels`` and models spread over
     several devices are not supported. A cache that was filled inside goes on working outside where no row is
     padded and all layers hold the same tokens, and raises RuntimeError elsewhere; inside a later ``with`` it always
@@ -177,6 +180,12 @@ def apply(
         setting = read_setting(method)
         method, keep = setting.create(), setting.keep if keep is None else keep
     methods = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+    from vistok.host.vit.session import apply_vit, for_vit
+
+    if methods and for_vit(model, methods):
+        if position is not None or budget != "per_image" or reselect:
+            raise ValueError("position, budget, reselect: are for language models, not for a vision transformer")
+        return apply_vit(model, methods, keep, **hyper)
     keep = DEFAULT_KEEP if keep is None else keep
     if not methods:
         raise ValueError("method: got an empty list, must be a name, a Reducer or a list of them")

@@ -8,7 +8,10 @@
 
 from .files import decode_mask, encode_mask, write_samples
 from .labels import LAST_INDEX, patch_labels
+from .maps import MAP_CLASSES, class_map
+from .objects import OBJECTS, make_object, sample_objects
 from .photographs import Photo, photos
+from .places import make_view
 from .sampling import LARGEST, SMALLEST, derive_seed, make, sample
 from .turns import dialogue
 from .types import Picture, Question, Thing
@@ -37,6 +40,8 @@ __all__ = [
     "KEYS",
     "LARGEST",
     "LAST_INDEX",
+    "MAP_CLASSES",
+    "OBJECTS",
     "SHAPES",
     "SHAPE_LABELS",
     "SMALLEST",
@@ -46,14 +51,18 @@ __all__ = [
     "Picture",
     "Question",
     "Thing",
+    "class_map",
     "decode_mask",
     "derive_seed",
     "dialogue",
     "encode_mask",
     "make",
+    "make_object",
+    "make_view",
     "patch_labels",
     "photos",
     "sample",
+    "sample_objects",
     "tokens",
     "write_samples",
 ]

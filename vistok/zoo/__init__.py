@@ -1,12 +1,13 @@
 """Small models that this project trained: their recipes, and their weights as ordinary Hugging Face folders.
 
 ``load("vistok-tiny")`` and ``load("llava-hf/llava-1.5-7b-hf")`` go the same way: ``AutoModelForImageTextToText``.
+``load("vistok-vit")`` is a vision transformer of timm (``vistok.zoo.vit``).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, TorchAoConfig
@@ -19,9 +20,12 @@ class ModelNotFound(LookupError):
     """A name that is neither a shipped model, nor a folder with a model, nor a reachable model of the hub."""
 
 
-def shipped() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(folder.parent.name for folder in MODELS.glob("*/config.json"))
+def shipped(kind: Literal["vlm", "vit"] = "vlm") -> list[str]:
+    """Names of the models inside the package: the vision-language models, or the vision transformers."""
+    folders = [file.parent for file in MODELS.glob("*/config.json")]
+    return sorted(
+        folder.name for folder in folders if folder.joinpath("processor_config.json").exists() == (kind == "vlm")
+    )
 
 
 def locate(name: str | Path) -> str:
@@ -30,7 +34,7 @@ def locate(name: str | Path) -> str:
     Raises ModelNotFound if ``name`` is a folder without a configuration or without safetensors weights, or if it can
     be neither a folder nor a hub name.
     """
-    if str(name) in shipped():
+    if str(name) in (*shipped(), *shipped("vit")):
         return str(MODELS / str(name))
     path = Path(name).expanduser()
     if path.exists():
@@ -41,9 +45,15 @@ def locate(name: str | Path) -> str:
         return str(path)
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return str(name)
-    raise ModelNotFound(
-        f"model: {name} is neither a folder, a hub name (owner/name), nor one of {', '.join(shipped())}"
-    )
+    known = ", ".join((*shipped(), *shipped("vit")))
+    raise ModelNotFound(f"model: {name} is neither a folder, a hub name (owner/name), nor one of {known}")
+
+
+def load_vit(name: str | Path = "vistok-vit", *, dtype: str = "auto", device: str | None = None) -> Any:
+    """The vision transformer ``name`` of the zoo, or of a timm folder; see ``vistok.zoo.vit.load_vit``."""
+    from .vit import load_vit as load_it
+
+    return load_it(name, dtype=dtype, device=device)
 
 
 def load(
@@ -57,11 +67,18 @@ def load(
 
     ``weights``: those of the linear layers in so many bits, by torchao ("int8": a scale a row; "int4": one for 32
     values, kept in bytes while it runs); activations stay in ``dtype``. Only safetensors weights are read and no code
-    of the model's folder is run. Raises ModelNotFound, and ValueError for other ``weights``.
+    of the model's folder is run. A folder with a vision transformer of timm goes to ``load_vit``. Raises ModelNotFound,
+    and ValueError for other ``weights`` (a vision transformer takes None).
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from .vit import holds_vit
+
+    if holds_vit(locate(name)):
+        if weights is not None:
+            raise ValueError(f"weights: got {weights!r}, must be None for a vision transformer")
+        return load_vit(name, dtype=dtype, device=device)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "float32" if dtype == "auto" and place == "cpu" else dtype
     how = {} if weights is None else {"quantization_config": _quantized(weights)}
@@ -95,4 +112,4 @@ def load_processor(name: str | Path = DEFAULT) -> ProcessorMixin:
         raise ModelNotFound(f"model: {name} has no usable processor: {str(error).splitlines()[0]}") from error
 
 
-__all__ = ["DEFAULT", "MODELS", "ModelNotFound", "load", "load_processor", "locate", "shipped"]
+__all__ = ["DEFAULT", "MODELS", "ModelNotFound", "load", "load_processor", "load_vit", "locate", "shipped"]

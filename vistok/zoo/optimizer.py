@@ -17,14 +17,12 @@ class Optimizer:
     def __init__(self, modules: nn.Module, weight_decay: float) -> None:
         named = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
         matrices = {n for n, p in named if (p.ndim == 2 and ".layers." in n) or (p.ndim == 2 and ".blocks." in n)}
-        self.parts = {
-            "muon": torch.optim.Muon(
-                [p for n, p in named if n in matrices], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            "adamw": torch.optim.AdamW(
-                [p for n, p in named if n not in matrices], weight_decay=0.0, betas=(0.9, 0.98), fused=True
-            ),
-        }
+        inner, outer = ([p for n, p in named if (n in matrices) == where] for where in (True, False))
+        self.parts: dict[str, torch.optim.Optimizer] = {}
+        if inner:  # none where the blocks are frozen
+            self.parts["muon"] = torch.optim.Muon(inner, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        if outer:
+            self.parts["adamw"] = torch.optim.AdamW(outer, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
 
     def step(self, lr: float) -> None:
         for part in self.parts.values():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -52,6 +52,24 @@ class Stage:
     encoder: bool = True
     """False: vision tower and projector stay as they are. With tokens missing at random, an encoder that learns would
     put what it sees into any token, and it would no longer matter which ones are kept."""
+
+
+class Paced(Protocol):
+    """What ``learning_rate`` reads."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def peak_lr(self) -> float: ...
+
+
+class Named(Protocol):
+    """What ``progress_bar`` reads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -229,7 +247,7 @@ def kept_share(stage: Stage, rng: torch.Generator) -> float:
     return (1 + int(9 * share)) / 10 if chance < stage.drop else 1.0
 
 
-def learning_rate(stage: Stage, step: int, warmup: int) -> float:
+def learning_rate(stage: Paced, step: int, warmup: int) -> float:
     """Linear warm-up, then a cosine to a fiftieth of the peak."""
     if step < warmup:
         return stage.peak_lr * (step + 1) / warmup
@@ -305,14 +323,16 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 
 @contextmanager
-def progress_bar(recipe: Recipe, first: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields ``advance(step record)``; drawn on standard error."""
+def progress_bar(
+    recipe: Named, first: int, what: str = "answers' tokens"
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields ``advance(step record)``; drawn on standard error. ``what``: what the record's accuracy is of."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(recipe.name, total=recipe.steps, completed=first)
 
         def advance(told: dict[str, Any]) -> None:
-            text = f"{told['stage']} loss {told['loss']:.3f} answers' tokens {told['token_accuracy']:.1%}"
+            text = f"{told['stage']} loss {told['loss']:.3f} {what} {told['token_accuracy']:.1%}"
             bar.update(task, completed=told["step"], description=text)
 
         yield advance
