@@ -14,7 +14,7 @@ from ..vit_training import Pace, ViTRecipe
 RECIPE = ViTRecipe(
     name="vistok-vit",
     task=Objects(),
-    pace=Pace(steps=4000, batch_size=32, peak_lr=2e-3, warmup=100, sparse=1500),
+    pace=Pace(steps=5000, batch_size=32, peak_lr=2e-3, warmup=100, sparse=2000),
     build=partial(build_vit, len(Objects.classes)),
     about="It says which of 18 objects, handwritten digits and drawn shapes, lies on clutter and covers 10 to 30%.",
 )
