@@ -9,6 +9,7 @@ import typer
 from vistok import catalogue
 from vistok.cli.console import Json, Seed, UserError, console, emit, progress, show_rows
 from vistok.cli.options import Model, load_model
+from vistok.zoo import DEFAULT
 
 COLUMNS = {
     "system": "system",
@@ -22,7 +23,7 @@ COLUMNS = {
 
 def trial(
     slug: Annotated[str, typer.Argument(metavar="SLUG", help="A system that `vistok systems` lists, or all.")],
-    model: Model = "vistok-tiny",
+    model: Model = DEFAULT,
     pictures: Annotated[
         int, typer.Option("--pictures", min=1, max=100_000, help="Held-out pictures, eight questions each.")
     ] = 32,
@@ -56,12 +57,12 @@ def trial(
 
 
 def _trial(vit: bool, model: str, pictures: int, seed: int) -> Any:
-    """What claims are measured with: of vision transformers the zoo's own and its objects, 256 pictures of them; of the
-    others ``model`` and the world."""
+    """What claims are measured with: ``model`` and the world; of vision transformers the zoo's classifier, or another
+    one that is named, and 256 pictures of objects."""
     if vit:
         from vistok.bench.vit_trial import ViTTrial
 
-        return ViTTrial(seed=seed)
+        return ViTTrial(seed=seed) if model == DEFAULT else ViTTrial(seed=seed, classifier_name=model)
     from vistok.bench.trial import WorldTrial
 
     measure = WorldTrial(model, pictures, seed)

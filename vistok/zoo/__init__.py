@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, TorchAoConfig
 
-MODELS = Path(__file__).parent / "models"
+MODELS, RECIPES = Path(__file__).parent / "models", Path(__file__).parent / "recipes"
 DEFAULT = "vistok-tiny"
 
 
@@ -45,6 +45,8 @@ def locate(name: str | Path) -> str:
         return str(path)
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return str(name)
+    if (RECIPES / f"{str(name).replace('-', '_')}.py").is_file():
+        raise ModelNotFound(f"model: {name} is not shipped; `vistok train {name}` makes it, then name its folder")
     known = ", ".join((*shipped(), *shipped("vit")))
     raise ModelNotFound(f"model: {name} is neither a folder, a hub name (owner/name), nor one of {known}")
 
