@@ -20,7 +20,6 @@ from vistok.bench.metrics import (
     calibration,
     chrf,
     exact_match,
-    probability_drop,
 )
 from vistok.bench.statistics import wilson
 from vistok.host import Evidence, Reducer, apply
@@ -195,16 +194,6 @@ def test_what_cannot_be_asked(model, processor, cases):
     diffusion = SimpleNamespace(config=SimpleNamespace(mask_token_id=3))
     with pytest.raises(ValueError, match="model: got a masked-diffusion model"):
         answer_probability(diffusion, processor, [picture], [question], ["yes"])
-
-
-def test_the_drop_is_paired():
-    rng = np.random.default_rng(0)
-    dense = rng.random(200)
-    found = probability_drop(dense - 0.1, dense)
-    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
-    found = probability_drop(dense - 0.1 + 0.2 * rng.normal(size=200), dense)
-    assert found.low < found.value < found.high
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.2 / 200**0.5, rel=0.2)
 
 
 # Calibration -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,3 +63,12 @@ def test_bootstrap_is_as_wide_as_the_normal_interval():
 def test_bootstrap_wants_pairs(values, others):
     with pytest.raises(ValueError, match="others: got"):
         paired_bootstrap(values, others)
+
+
+def test_values_that_all_differ_are_paired_too():
+    rng = np.random.default_rng(0)
+    dense = rng.random(200)
+    assert paired_bootstrap(dense.tolist(), (dense - 0.1).tolist()) == pytest.approx((0.1, 0.1))
+    low, high = paired_bootstrap(dense.tolist(), (dense - 0.1 + 0.2 * rng.normal(size=200)).tolist())
+    assert low < 0.1 < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 200**0.5, rel=0.2)

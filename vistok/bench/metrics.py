@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vistok.zoo.asking import Shown, encode, is_diffusion, same_answer
 
-from .statistics import paired_bootstrap, wilson
+from .statistics import wilson
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, ProcessorMixin
@@ -113,13 +113,6 @@ def answer_probability(
     if not means:
         return AnswerProbability(np.zeros(0), np.zeros(0))
     return AnswerProbability(torch.cat(means).cpu().numpy(), torch.cat(products).cpu().numpy())
-
-
-def probability_drop(reduced: ArrayLike, dense: ArrayLike, *, seed: int = 0) -> Estimate:
-    """By how much the probability of the same n answers falls from dense, with its paired bootstrap interval."""
-    before, after = np.asarray(dense, dtype=float), np.asarray(reduced, dtype=float)
-    low, high = paired_bootstrap(before.tolist(), after.tolist(), seed=seed)
-    return Estimate(float((before - after).mean()), low, high)
 
 
 def calibration(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from vistok.cli.options import check_folder, parse_keeps
 
 if TYPE_CHECKING:
     from vistok.bench.sweep import Sweep
+    from vistok.engine import Engine, Resources
 
 OUT = Path("out/bench")
 ABLATION = Path("out/ablate")
@@ -81,7 +83,7 @@ def run(
         given["data"] = dict(given.get("data", {})) | own
         if tasks is None:
             given["tasks"] = [*given.get("tasks", []), *(name for name in own if name not in given.get("tasks", []))]
-    _measure(_sweep(given, config), out, engine, address, workers, cpus, gpus, as_json, config)
+    _measure(_sweep(given, config), out, _Runs(engine, address, workers, cpus, gpus), as_json, config)
 
 
 def ablate(
@@ -142,7 +144,7 @@ def ablate(
         },
         None,
     )
-    _measure(sweep, out, engine, address, workers, cpus, gpus, False, None)
+    _measure(sweep, out, _Runs(engine, address, workers, cpus, gpus))
     from vistok.bench.rows import read
     from vistok.bench.summary import against
 
@@ -199,43 +201,54 @@ def _integers(argument: str, text: str) -> list[int]:
         raise UserError(argument, text, "must be whole numbers, separated by commas") from error
 
 
-def _measure(
-    sweep: Sweep,
-    out: Path,
-    engine: str,
-    address: str | None,
-    workers: int,
-    cpus: int | None,
-    gpus: float,
-    as_json: bool,
-    config: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class _Runs:
+    """What cells run on, as it was asked for."""
+
+    engine: str
+    address: str | None
+    workers: int
+    cpus: int | None
+    gpus: float
+
+    def check(self) -> None:
+        """Raises UserError for options that mean nothing, or nothing together."""
+        if self.engine not in ("local", "ray"):
+            raise UserError("--engine", self.engine, "must be local or ray")
+        if self.address is not None and self.engine != "ray":
+            raise UserError("--address", self.address, "goes with --engine ray")
+
+    def connect(self) -> tuple[Engine, Resources]:
+        """The engine, and what each worker needs."""
+        from vistok.engine import LocalEngine, RayEngine, Resources
+
+        if self.engine == "ray":
+            return RayEngine(self.address, self.workers), Resources(self.cpus or 1, self.gpus)
+        shared = max(1, (os.cpu_count() or 1) // self.workers)
+        return LocalEngine(self.workers), Resources(self.cpus or shared, self.gpus)
+
+
+def _measure(sweep: Sweep, out: Path, runs: _Runs, as_json: bool = False, config: Path | None = None) -> None:
     """Run the cells that are not there yet. Raises UserError where some could not be measured."""
-    if engine not in ("local", "ray"):
-        raise UserError("--engine", engine, "must be local or ray")
-    if address is not None and engine != "ray":
-        raise UserError("--address", address, "goes with --engine ray")
+    runs.check()
     folder = check_folder(out).resolve()
     from vistok.bench import rows
     from vistok.bench.run import Worker, measure
-    from vistok.engine import LocalEngine, RayEngine, Resources
 
     try:
         cells = sweep.cells()
     except ValueError as error:  # of the user's own pictures
         raise UserError("CONFIG", str(config or "flags"), str(error)) from error
-    runs = LocalEngine(workers) if engine == "local" else RayEngine(address, workers)
-    if cpus is None:
-        cpus = max(1, (os.cpu_count() or 1) // workers) if engine == "local" else 1
+    engine, resources = runs.connect()
     by_key = {cell.key: cell for cell in cells}
     failed = 0
     with progress() as bar:
         task = bar.add_task("measuring", total=len(cells))
-        outcomes = runs.map(
+        outcomes = engine.map(
             cells,
             measure,
             setup=partial(Worker, folder),
-            resources=Resources(cpus, gpus),
+            resources=resources,
             folder=folder,
             done=partial(rows.done, folder),
         )
