@@ -33,9 +33,10 @@ class MadeTrial:
         losses = []
         for _ in range(steps):
             images = torch.randint(0, 256, (4, self.size, self.size, 3), generator=rng, dtype=torch.uint8)
-            batch = SimpleNamespace(images=images, label=torch.randint(5, (4,), generator=rng))
+            pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
+            batch = SimpleNamespace(images=images, pixels=pixels, label=torch.randint(5, (4,), generator=rng))
             if loss is None:
-                value = cross_entropy(model(images.permute(0, 3, 1, 2) / 127.5 - 1), batch.label)
+                value = cross_entropy(model(pixels), batch.label)
             else:
                 value, right = loss(model, batch)
                 assert 0 <= right <= 1

@@ -169,12 +169,13 @@ def test_autocast(name, kind):
 def case(prefix=1, b=3, n=20, c=8, heads=2, d=4, grid=(4, 5), same_tokens=False, layer=1, dtype=torch.float32):
     """A state after some merging, and the evidence of a block."""
     g = torch.Generator().manual_seed(0)
-    x, q, k = (torch.randn(b, *shape, generator=g) for shape in ((prefix + n, c), *2 * ((heads, prefix + n, d),)))
+    x, q, k, v = (torch.randn(b, *shape, generator=g) for shape in ((prefix + n, c), *3 * ((heads, prefix + n, d),)))
     if same_tokens:
-        x, q, k = x[:, :1].expand_as(x), q[:, :, :1].expand_as(q), k[:, :, :1].expand_as(k)
-    x, q, k = (t.to(dtype) for t in (x, q, k))
+        x, (q, k, v) = x[:, :1].expand_as(x), (t[:, :, :1].expand_as(t) for t in (q, k, v))
+    x, q, k, v = (t.to(dtype) for t in (x, q, k, v))
     stage = Stage(layer, DEPTH, n)
-    return TokenState.start(x, prefix, grid), ViTEvidence(q, k, d**-0.5, prefix, prefix > 0, stage)
+    evidence = ViTEvidence(q, k, d**-0.5, prefix, prefix > 0, stage, read_values=lambda: v)
+    return TokenState.start(x, prefix, grid), evidence
 
 
 @every

@@ -15,6 +15,7 @@ from tests.vit.test_contract import forward, hooked, same
 from tests.vit.towers import DEPTH, KINDS, PATCHES, blocks, built, half, outputs, pixels
 from vistok.host import UnsupportedModel
 from vistok.host.vit import Stage, TokenState, ViTEvidence, ViTReducer
+from vistok.host.vit.reducer import AddTokens, TokenStep
 from vistok.vit.evit import EViT
 from vistok.vit.random_drop import RandomDrop
 from vistok.vit.tome import ToMe
@@ -160,6 +161,186 @@ def test_several_methods_at_different_blocks():
     assert session.tokens[-1] == 16
     with pytest.raises(ValueError, match=r"TopK and ToMe both act at block 1"):
         vistok.apply(model, [TopK(layers=(1,)), ToMe()])
+
+
+# Added tokens ---------------------------------------------------------------------------------------------------------
+
+
+class Parts(ViTReducer):
+    """A method made of steps."""
+
+    def __init__(self, *steps):
+        self.parts = steps
+
+    @property
+    def steps(self):
+        return self.parts
+
+
+def rows(m=3, seed=7):
+    return torch.randn(1, m, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "method", [None, EViT(keep=0.5, layers=(1, 3)), TopK(keep=0.3, layers=(2,)), ToMe(r=9)], ids=repr
+)
+@pytest.mark.parametrize("kind", ["timm-registers", "timm-dinov3", "dinov3"])
+def test_held_tokens_are_what_registers_are(kind, method):
+    """A model with registers, against the same without them, given them as added tokens: no reducer ranks, merges or
+    drops them, and rotary positions do not turn them."""
+    with_, x = built(kind), pixels()
+    change = {"timm-registers": "reg_tokens", "timm-dinov3": "num_reg_tokens", "dinov3": "num_register_tokens"}[kind]
+    without = KINDS[kind].build(**{change: 0})
+    weights = with_.state_dict()
+    name = next(key for key in weights if key.endswith(("reg_token", "register_tokens")))
+    tokens = weights.pop(name)
+    if kind == "timm-registers":
+        place = weights["pos_embed"]
+        tokens, weights["pos_embed"] = tokens + place[:, 1:5], torch.cat([place[:, :1], place[:, 5:]], 1)
+    without.load_state_dict(weights, strict=False)
+    methods = [] if method is None else [method]
+    with torch.no_grad():
+        if method is None:
+            expected, source = KINDS[kind].dense(with_, x), torch.arange(64).expand(2, -1)
+        else:
+            with vistok.apply(with_, method) as session:
+                expected = KINDS[kind].dense(with_, x)
+            source = session.states[-1].source
+        with vistok.apply(without, [Parts(AddTokens(tokens)), *methods]) as session:
+            found = KINDS[kind].dense(without, x)
+    torch.testing.assert_close(
+        torch.cat([found[:, :1], found[:, -4:], found[:, 1:-4]], 1), expected, rtol=1e-4, atol=1e-4
+    )
+    state = session.states[-1]
+    assert torch.equal(state.source, source) and (state.held, state.added) == (4, 4)
+    assert state.anchor[:, -4:].eq(-1).all() and state.size[:, -4:].eq(0).all()
+
+
+@anywhere
+def test_tokens_come_in_at_any_block_and_stay(kind):
+    model, x, prefix = built(kind), pixels(3), KINDS[kind].prefix
+    tokens = rows().requires_grad_()
+    methods = [Parts(AddTokens(tokens, layer=2)), TopK(keep=0.25, layers=(1, 3))]
+    seen = []
+    handles = [b.register_forward_hook(lambda m, a, out: seen.append(out.shape[1] - prefix)) for b in blocks(model)]
+    with vistok.apply(model, methods) as session:
+        found = KINDS[kind].dense(model, x)
+        found[:, -3:].square().mean().backward()
+    for handle in handles:
+        handle.remove()
+    assert session.tokens == seen == [64, 16, 19, 7, 7, 7]
+    assert session.tokens == Parts(*methods[0].steps, *methods[1].steps).plan(64, DEPTH)
+    assert tokens.grad.isfinite().all() and tokens.grad.abs().sum(2).gt(0).all()
+    assert len(session.pictures[0].keep) == 4 and session.pictures[0].layers == {1: 16, 2: 19, 3: 7}
+    assert session.restore(torch.ones(3, 7, 2), "nearest").shape == (3, 64, 2)
+    model.zero_grad()
+
+
+def test_free_tokens_are_ranked_as_patches_are():
+    model, x = built("timm-vit"), pixels()
+    method = TopK(keep=30, layers=(1,))
+    for values in (rows() * 0, rows() * 9):
+        add = AddTokens(values, hold=False)
+        with torch.no_grad(), vistok.apply(model, [Parts(add), method]) as session:
+            model(x)
+        assert session.tokens == [67] + [30] * 5
+        y = torch.cat([model._pos_embed(model.patch_embed(x)), values.expand(2, -1, -1)], 1)
+        with torch.no_grad():
+            y = model.blocks[0](y)
+            q, k, _ = model.blocks[1].attn.qkv(model.blocks[1].norm1(y)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            score = (q[:, :, :1] @ k.transpose(2, 3) * 8**-0.5).softmax(-1)[:, :, 0, 1:].mean(1)
+        kept = score.topk(30).indices.sort(1).values
+        expected = [[i if i < 64 else -1 for i in row] for row in kept.tolist()]
+        assert session.states[-1].anchor.tolist() == expected
+        assert session.states[-1].held == 0
+
+
+class Echo(TokenStep):
+    """Puts the mean of the slots aside after each block, and adds all that lie aside after block 3."""
+
+    def stages(self, depth):
+        return range(4)
+
+    def adds(self, stage):
+        return 3 * (stage.layer == 3)
+
+    def act(self, state, stage):
+        if stage.layer == 3:
+            return replace(state.add(state.aside["mean"]), aside={})
+        mean = state.slots.mean(1, keepdim=True)
+        return replace(state, aside={"mean": torch.cat([state.aside["mean"], mean], 1) if state.aside else mean})
+
+
+@pytest.mark.parametrize("kind", ["timm-vit", "timm-eva02", "vit"])
+def test_values_put_aside_come_back(kind):
+    model, x = built(kind), pixels()
+    outs = []
+    handles = [block.register_forward_hook(lambda m, a, out: outs.append(out)) for block in blocks(model)]
+    with torch.no_grad(), vistok.apply(model, [Parts(Echo()), TopK(keep=0.5, layers=(1, 3))]) as session:
+        model(x)
+    for handle in handles:
+        handle.remove()
+    assert session.tokens == [64, 32, 32, 19, 19, 19] and session.states[-1].aside == {}
+    means = torch.stack([out[:, KINDS[kind].prefix :].mean(1) for out in outs[:3]], 1)
+    torch.testing.assert_close(outs[3][:, -3:], means)
+
+
+@pytest.mark.parametrize("kind", ["timm-vit", "timm-eva02", "dinov2-registers"])
+def test_operations_with_added_tokens_are_those_that_torch_counts(kind):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(built(kind))
+    model.head = model.pooler = None
+    methods = [Parts(AddTokens(rows(), layer=1), Echo()), RandomDrop(keep=0.5, layers=(1, 3))]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), vistok.apply(model, methods) as session, sdpa_kernel(SDPBackend.MATH), counter:
+        KINDS[kind].dense(model, pixels(3))
+    assert session.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["timm-dinov3", "vit"])
+def test_added_tokens_compile_to_one_graph(kind):
+    from torch._dynamo.testing import CompileCounter
+
+    model, counter = built(kind), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with vistok.apply(model, [Parts(AddTokens(rows(), layer=1), Echo()), EViT(keep=0.5, layers=(1, 3))]) as session:
+        eager, tokens = forward(model, pixels(seed=1)), session.tokens
+        for seed in (0, 1):
+            found = forward(compiled, pixels(seed=seed))
+        assert counter.frame_count == 1 and session.tokens == tokens
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, found, strict=True))
+    torch.compiler.reset()
+
+
+def test_withholding_is_undone():
+    g = torch.Generator().manual_seed(0)
+    state = TokenState.start(torch.randn(2, 14, 5, generator=g), 2, (3, 4))
+    state = state.add(torch.randn(2, 2, 5, generator=g), held=True).add(torch.randn(2, 3, 5, generator=g))
+    assert (state.num_slots, state.held, state.added, state.untouched) == (17, 2, 5, False)
+    hidden = state.withheld
+    assert hidden.prefix == 4 and hidden.num_slots == 15 and hidden.held == 0
+    assert torch.equal(hidden.x[:, 2:4], state.x[:, -2:]) and torch.equal(hidden.slots, state.slots[:, :15])
+    again = hidden.given_back(2)
+    for name in ("x", "size", "source", "anchor"):
+        assert torch.equal(getattr(again, name), getattr(state, name))
+    assert (again.prefix, again.held, again.added) == (2, 2, 5)
+    less = hidden.keep(torch.tensor([[14, 3], [0, 12]])).given_back(2)
+    assert less.anchor.tolist() == [[3, -1, -1, -1], [0, -1, -1, -1]] and torch.equal(less.x[:, -2:], state.x[:, -2:])
+
+
+def test_patches_that_join_an_added_slot_give_it_a_place():
+    state = TokenState.start(torch.randn(1, 5, 3), 1, (2, 2)).add(torch.randn(1, 2, 3))
+    into, anchor = torch.tensor([[0, -1, 1, 1, 1, 2]]), torch.tensor([[0, 4, 5]])
+    after = state.regroup(torch.zeros(1, 3, 3), into, anchor)
+    assert after.anchor.tolist() == [[0, 2, -1]] and after.size.tolist() == [[1, 2, 0]]
+    assert after.source.tolist() == [[0, -1, 1, 1]]
+
+
+def test_tokens_for_a_block_that_is_not_there():
+    with pytest.raises(ValueError, match=r"^layer: got 6, but the model has the blocks 0..5"):
+        vistok.apply(built("timm-vit"), Parts(AddTokens(rows(), layer=6)))
 
 
 # Dense outputs --------------------------------------------------------------------------------------------------------

@@ -92,7 +92,12 @@ def test_wrong_arguments_are_named(made):
         with pytest.raises(ValueError, match=r"^layers: got"):
             made(layers=layers)
     with pytest.raises(ValueError, match=r"layers: got 9, but the model has the blocks 0..5"):
-        vistok.apply(built("timm-vit"), made())
+        vistok.apply(built("timm-vit"), made(layers=(3, 9)))
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(12, [3, 6, 9]), (24, [6, 12, 18]), (4, [1, 2, 3]), (1, [0])])
+def test_blocks_are_those_after_each_quarter_unless_given(depth, layers):
+    assert list(TopK().stages(depth)) == layers
 
 
 def test_random_places_depend_on_seed_and_block_only():

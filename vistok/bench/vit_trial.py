@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vistok.host import apply
 from vistok.zoo import load_vit
 from vistok.zoo.vit import IMAGE_SIZE, Pooling, to_pixels
-from vistok.zoo.vit_tasks import Objects, Places, Scenes, ViTTask
+from vistok.zoo.vit_tasks import TASKS, Objects, Places, Scenes, ViTBatch, ViTTask
 from vistok.zoo.vit_training import Loss, Pace, fit
 
 IN_OBJECT = 0.25
@@ -146,16 +146,24 @@ class ViTTrial:
                         taken.append(1e3 * spent)
         return statistics.median(taken)
 
-    def fresh(self, task: ViTTask | None = None) -> Any:
-        """A copy of the zoo's model for ``task`` (objects by default), in training mode: for ``fit``."""
-        return copy.deepcopy(getattr(self, MODELS[(task or Objects()).name])).train()
+    def score(self, task: ViTTask | str, model: Any) -> dict[str, float]:
+        """The figures of ``task`` on held-out pictures, each in [0, 1]."""
+        return self._score(_task(task), model, None, None, {})
+
+    def draw(self, task: ViTTask | str, n: int) -> ViTBatch:
+        """The first ``n`` pictures that ``fit`` trains on."""
+        return _task(task).draw(0, n, seed=self.seed, size=self.size)
+
+    def fresh(self, task: ViTTask | str = "objects") -> Any:
+        """A copy of the zoo's model for ``task``, in training mode: for ``fit``."""
+        return copy.deepcopy(getattr(self, MODELS[_task(task).name])).train()
 
     def fit(
         self,
         model: Any,
         steps: int,
         *,
-        task: ViTTask | None = None,
+        task: ViTTask | str = "objects",
         method: Any = None,
         keep: Any = None,
         loss: Loss | None = None,
@@ -167,15 +175,16 @@ class ViTTrial:
     ) -> list[float]:
         """Train ``model`` in place for ``steps`` steps with ``method`` in it, and return the losses.
 
-        ``task``: objects by default. ``loss``: instead of the task's own, (model, batch) -> (loss, share right).
-        ``dense``: with the task's read-outs of every patch (no method). ``seed``: the trial's by default; equal seeds
-        see equal pictures in equal order. ``peak_lr``: for a model that is trained already; 2e-3 for a new one.
+        ``task``: a name of ``vistok.zoo.vit_tasks.TASKS``, or one of your own. ``loss``: instead of the task's own,
+        (model, batch) -> (loss, share right). ``dense``: with the task's read-outs of every patch (no method).
+        ``seed``: the trial's by default; equal seeds see equal pictures in equal order. ``peak_lr``: for a model that
+        is trained already; 2e-3 for a new one.
         """
         pace = Pace(steps=steps, batch_size=batch_size, peak_lr=peak_lr, warmup=max(1, min(20, steps // 10)))
         with self._with(model, method, keep, hyper):
             return fit(
                 model,
-                task or Objects(),
+                _task(task),
                 pace,
                 seed=self.seed if seed is None else seed,
                 size=self.size,
@@ -197,6 +206,14 @@ class ViTTrial:
         if plain:
             self._plain[task] = found
         return found
+
+
+def _task(task: ViTTask | str) -> ViTTask:
+    if isinstance(task, str):
+        if task not in TASKS:
+            raise ValueError(f"task: got {task!r}, must be {', '.join(TASKS)} or a ViTTask")
+        return TASKS[task]
+    return task
 
 
 def mask_share(of_object: Tensor, kept: Tensor) -> Tensor:

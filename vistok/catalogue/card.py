@@ -89,5 +89,65 @@ class Trial(Protocol):
         ...
 
 
-Claim = Callable[[Trial], Outcome]
-"""A system's module defines ``def claim(trial: Trial) -> Outcome``."""
+class ViTTrial(Protocol):
+    """What a claim about vision transformers is measured with; ``vistok.bench.vit_trial`` implements it.
+
+    ``method``: what ``vistok.apply`` takes, or None for the model as it is. ``model``: a module in place of the zoo's.
+    """
+
+    pictures: int
+    """How many held-out pictures there are."""
+    seed: int
+    """Of trainings."""
+    size: int
+    """Pixels of a picture's side."""
+
+    def accuracy(self, method: Any = None, keep: Any = None, *, model: Any = None, **hyper: Any) -> float:
+        """Share of held-out pictures whose object is named right, in [0, 1]."""
+        ...
+
+    def miou(self, method: Any = None, keep: Any = None, *, model: Any = None, **hyper: Any) -> float:
+        """Mean intersection over union of a segmenter's maps of held-out scenes, in [0, 1]."""
+        ...
+
+    def recall(self, method: Any = None, keep: Any = None, *, k: int = 1, model: Any = None, **hyper: Any) -> float:
+        """Share of views for which one of the ``k`` nearest others is of the same place, in [0, 1]."""
+        ...
+
+    def mask_score(self, method: Any, keep: Any = None, *, model: Any = None, **hyper: Any) -> Any:
+        """``precision``, ``recall`` and ``chance`` of the kept patches against the object's mask, each in [0, 1]."""
+        ...
+
+    def milliseconds(self, method: Any = None, keep: Any = None, *, batch: int = 1, **hyper: Any) -> float:
+        """Median milliseconds of a forward pass, taken in turn with the plain model."""
+        ...
+
+    @property
+    def classifier(self) -> Any:
+        """The zoo's classifier of objects, not to be trained."""
+        ...
+
+    @property
+    def segmenter(self) -> Any:
+        """The zoo's segmenter of scenes, not to be trained."""
+        ...
+
+    def score(self, task: Any, model: Any) -> dict[str, float]:
+        """What ``model`` gets on held-out pictures of ``task``, each figure in [0, 1]."""
+        ...
+
+    def draw(self, task: Any, n: int) -> Any:
+        """A batch of the first ``n`` pictures that ``fit`` trains on: ``images``, ``pixels``, ``label``, ``truth``."""
+        ...
+
+    def fresh(self, task: Any = "objects") -> Any:
+        """A copy of the zoo's model for ``task`` ("objects", "scenes", "places"), to be trained."""
+        ...
+
+    def fit(self, model: Any, steps: int, **how: Any) -> list[float]:
+        """Train ``model`` in place with, if given, ``method`` in it; the losses. Equal seeds see equal pictures."""
+        ...
+
+
+Claim = Callable[[Trial], Outcome] | Callable[[ViTTrial], Outcome]
+"""A system's module defines ``def claim(trial: Trial) -> Outcome``, of the vit family ``claim(trial: ViTTrial)``."""

@@ -62,7 +62,7 @@ def split_budget(
 def _apportion(weights: Tensor, want: Tensor, room: Tensor, leftover: str) -> Tensor:
     """The split where ``want`` (B,) fits into the groups of positive weight."""
     room = torch.where(weights > 0, room, 0)
-    quota = _level(weights, want, room)
+    quota = level_quotas(weights, want, room)
     given = torch.minimum(quota.floor().long(), room)
     short = want - given.sum(1)
     while bool((short > 0).any()):
@@ -78,8 +78,12 @@ def _apportion(weights: Tensor, want: Tensor, room: Tensor, leftover: str) -> Te
     return given
 
 
-def _level(weights: Tensor, want: Tensor, room: Tensor) -> Tensor:
-    """Real quotas ``min(room, level * weights)`` with the level at which they add up to ``want``."""
+def level_quotas(weights: Tensor, want: Tensor, room: Tensor) -> Tensor:
+    """(B, G) float64: ``min(room, level * weights)``, with the level at which a row adds up to ``want``, unrounded.
+
+    ``weights`` (B, G) float64 >= 0, ``want`` (B,) and ``room`` (B, G) int64 >= 0. A group of weight 0 gets nothing, so
+    that a row adds up to less where the room of the others is too small.
+    """
     full_at = torch.where(weights > 0, room / weights, torch.inf)
     order = full_at.sort(dim=1, stable=True).indices
     w, r = weights.gather(1, order), room.gather(1, order).double()

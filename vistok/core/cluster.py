@@ -1,8 +1,9 @@
-"""Centres of clusters: density peaks with nearest-neighbour densities, and k-medoids.
+"""Centres of clusters: density peaks with nearest-neighbour densities, k-medoids, and k-means.
 
 ``dpc_knn``: Du, Ding, Jia 2016, as used for tokens by TCFormer (arXiv 2204.08680) and Chat-UniVi (arXiv 2311.08046).
 ``k_medoids``: alternating assignment and medoid update from a farthest-first (KKZ) start, as CenterCLIP
-(arXiv 2205.00823). Who belongs to which centre: ``vistok.core.merge.nearest_slot``. Both need the N x N distances.
+(arXiv 2205.00823). Both need the N x N distances. Who belongs to which centre: ``vistok.core.merge.nearest_slot``.
+``k_means``: Lloyd's iterations from a k-means++ start, of one large set of rows.
 """
 
 from __future__ import annotations
@@ -99,3 +100,37 @@ def k_medoids(
             break
         medoids = found
     return medoids
+
+
+def k_means(x: Tensor, k: int, iterations: int = 100, seed: int = 0) -> Tensor:
+    """(k, D) float32: centres of the rows of ``x`` (N, D), each the mean of the rows that are nearest to it.
+
+    Start: k rows drawn by k-means++ (each with odds of its squared distance to those drawn before). Then in turn rows
+    join their nearest centre (Euclidean; ties to the first) and centres become the means of theirs; one that no row
+    joins stays where it is. Until nothing changes, at most ``iterations`` times. Equal seeds give equal centres.
+    Memory: N x k.
+    """
+    x = x.float()
+    if x.ndim != 2 or not 1 <= k <= len(x):
+        raise ValueError(f"k: got {k} for x of shape {tuple(x.shape)}, must be 1 or more of its (N, D) rows")
+    rng = torch.Generator().manual_seed(seed)
+    centres = x[torch.randint(len(x), (1,), generator=rng).to(x.device)]
+    while len(centres) < k:
+        odds = _square_distances(x, centres).amin(1).double().cpu()
+        odds = odds if odds.sum() > 0 else torch.ones_like(odds)
+        centres = torch.cat([centres, x[torch.multinomial(odds, 1, generator=rng).to(x.device)]])
+    for _ in range(iterations):
+        own = _square_distances(x, centres).argmin(1)
+        count = torch.bincount(own, minlength=k)[:, None]
+        means = torch.zeros_like(centres).index_add(0, own, x) / count.clamp_min(1)
+        found = torch.where(count > 0, means, centres)
+        if torch.equal(found, centres):
+            break
+        centres = found
+    return centres
+
+
+def _square_distances(x: Tensor, centres: Tensor) -> Tensor:
+    """(N, k)"""
+    products = x @ centres.T
+    return (x.square().sum(1, keepdim=True) + centres.square().sum(1) - 2 * products).clamp_min(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vistok.core.position import rest
 from vistok.core.stages import raster_slots
-from vistok.core.tensors import ranking, take, unit, upcast
+from vistok.core.tensors import flat_rows, ranking, take, unit, upcast
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def size_weighted_mean(
     at = torch.where(source < 0, slots, source)  # one more slot takes what is dropped
     total = weight.new_zeros(b, slots + 1).scatter_add(1, at, weight)
     share = torch.where(weight > 0, weight / total.gather(1, at), 0)
-    tokens = wide.new_zeros(b, slots + 1, d).scatter_add(1, at.unsqueeze(-1).expand(-1, -1, d), wide * share[..., None])
+    rows = flat_rows(at, slots + 1).flatten()
+    tokens = wide.new_zeros(b * (slots + 1), d).index_add(0, rows, (wide * share[..., None]).flatten(0, 1))
+    tokens = tokens.view(b, slots + 1, d)
     if anchor is None:
         index = torch.arange(n, device=x.device).expand(b, n)
         anchor = index.new_full((b, slots + 1), n).scatter_reduce(1, at, index, "amin")[:, :slots]

@@ -13,6 +13,7 @@ makes the others again. Memory O(L) without the factor of the state, on any devi
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -124,6 +125,12 @@ def gaps(places: Tensor, step: Tensor, order: Literal["forward", "backward"] = "
     before = before if order == "forward" else before - 1
     into = torch.where(gone & (before >= 0) & (before < k), before, k)[:, None].expand(-1, step.shape[1], -1)
     return upcast(step).new_zeros(b, step.shape[1], k + 1).scatter_add(2, into, upcast(step))[:, :, :k]
+
+
+def step_bias(count: int) -> Tensor:
+    """(count) biases that a network starts from: their softplus lies in 1e-3 .. 0.1, its logarithm evenly spread."""
+    step = torch.empty(count).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    return step + (-torch.expm1(-step)).log()
 
 
 class _Scan(torch.autograd.Function):

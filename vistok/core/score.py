@@ -103,13 +103,22 @@ def text_similarity(
     return torch.where(count > 0, best, 0)
 
 
-def pagerank(attention: Tensor, iterations: int, damping: float = 1.0, weights: Tensor | None = None) -> Tensor:
+def pagerank(
+    attention: Tensor,
+    iterations: int,
+    damping: float = 1.0,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """(..., N): where the mass is after ``iterations`` steps of a walk that follows ``attention`` (..., N, N).
 
     ``p <- damping * p A + (1 - damping) * w``, started at ``w``. Rows of A sum to 1, so p keeps sum 1: a token matters
     if tokens that matter attend to it. ``damping`` is the share that follows the attention (1 = all of it, the plain
     power iteration; 0.85 in the web ranking). ``weights`` (..., N), non-negative, makes it the weighted PageRank:
     w = weights / sum; uniform otherwise. One undamped step from uniform weights is the mean received attention.
+    ``mask`` (..., N) bool, which may have size 1 where the map has heads, leaves tokens out that it marks False, as if
+    their rows and columns were not there and the other rows scaled to sum 1 again (no second map is made): they have
+    rank 0.
     """
     if not 0 <= damping <= 1:
         raise ValueError(f"damping: got {damping}, must be between 0 and 1")
@@ -122,10 +131,19 @@ def pagerank(attention: Tensor, iterations: int, damping: float = 1.0, weights: 
     else:
         start = weights.to(attention.dtype)
         start = (start / start.sum(-1, keepdim=True)).expand(attention.shape[:-1])
-    rank = start.unsqueeze(-2)
+    if mask is None:
+        rank = start.unsqueeze(-2)
+        for _ in range(iterations):
+            rank = damping * (rank @ attention) + (1 - damping) * start.unsqueeze(-2)
+        return rank.squeeze(-2)
+    seen = mask.to(attention.dtype).expand(start.shape)
+    start = start * seen / (start * seen).sum(-1, keepdim=True)
+    given = (attention @ seen.unsqueeze(-1)).squeeze(-1).clamp_min(torch.finfo(attention.dtype).tiny)
+    rank = start
     for _ in range(iterations):
-        rank = damping * (rank @ attention) + (1 - damping) * start.unsqueeze(-2)
-    return rank.squeeze(-2)
+        walked = ((rank / given).unsqueeze(-2) @ attention).squeeze(-2)
+        rank = damping * walked * seen + (1 - damping) * start
+    return rank
 
 
 def reconstruction_error(x: Tensor, basis: Tensor, ridge: float = 1e-5) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding, normalize
 
 PANEL = 96
 """Rows of a panel of the symmetric Gram matrix (measured best of 48 to 288 at N = 576)."""
@@ -30,7 +30,14 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (B, K) int64 of ``x`` (B, N) or (B, N, D): (B, K) or (B, K, D)."""
     if x.dim() == 2:
         return x.gather(1, index)
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    if not x.is_floating_point():
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return embedding(flat_rows(index, x.shape[1]), x.flatten(0, 1))  # whole rows: several times faster than gather
+
+
+def flat_rows(index: Tensor, n: int) -> Tensor:
+    """``index`` (B, K) int64 into pictures of ``n`` rows, as an index into all rows, picture after picture."""
+    return index + n * torch.arange(len(index), device=index.device)[:, None]
 
 
 def check_k(k: int, n: int, mask: Tensor | None = None, name: str = "k") -> None:

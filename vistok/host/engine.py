@@ -19,6 +19,7 @@ from vistok.host.cache import ReducedLayer, adopt, reduced_layers
 from vistok.host.deepstack import DeepStack
 from vistok.host.dialogue import Dialogue
 from vistok.host.effort import Effort, Spending
+from vistok.host.encoder import EncoderSide, Standing
 from vistok.host.hooks import Hooks
 from vistok.host.hosts import Host
 from vistok.host.keep import Budget, Keep
@@ -33,6 +34,7 @@ from vistok.host.steps import Steps, needs_of
 from vistok.host.stream import Stream
 from vistok.host.text import outside, question_tokens, special_ids
 from vistok.host.vision import Probe
+from vistok.host.vit.reducer import ViTReducer
 
 Position = Literal["keep", "recompact"]
 
@@ -48,7 +50,9 @@ class Engine:
         position: Position,
         budget: Budget,
         reselect: bool,
+        encoder: Sequence[ViTReducer] = (),
     ) -> None:
+        methods = [Standing(), *methods] if encoder else methods
         self.host, self.methods, self.position, self.reselect = host, methods, position, reselect
         if reselect and host.own_masks:
             raise ValueError(
@@ -59,6 +63,7 @@ class Engine:
             host.check_needs(method)
         self.needs = [needs_of(method) for method in methods]
         self.probe = Probe(self.needs, len(host.blocks))
+        self.side = EncoderSide(host, encoder, self.probe) if encoder else None
         self.log = Log(host, self.probe)
         self.steps = Steps(host, methods, self.needs, keep, budget, self.probe)
         self.special = special_ids(host.model)
@@ -82,6 +87,8 @@ class Engine:
         hooks.before(host.base, self._see_prompt)
         self.log.watch(hooks)
         host.watch(hooks, self.probe)
+        if self.side is not None:
+            self.side.install(hooks)
         self.probe.install(hooks, host)
         hooks.before(host.language_model, self._before)
         for index, layer in enumerate(host.layers):
@@ -188,7 +195,8 @@ class Engine:
         embeds: Tensor = kwargs["inputs_embeds"]
         places_ = self._places(prompt)
         alone = any(method.one_at_a_time for method in self.methods)
-        groups = group(places_, self.steps.keeps(places_), embeds, alone)
+        standing = [] if self.side is None else [self.side.standing(place) for place in places_]
+        groups = group(places_, self.steps.keeps(places_), embeds, alone, standing)
         for one in groups:
             self.steps.plan(one)
         self.groups, self.stages = groups, self.steps.stages(groups)
@@ -347,6 +355,8 @@ class Engine:
     def close(self) -> None:
         """Let go of everything but the log."""
         self.forget()
+        if self.side is not None:
+            self.side.close()
         self.probe.run = self.prompt = self.ids = self.words = self.dialogue = None
 
 

@@ -90,7 +90,7 @@ class Log:
     def leaves_encoder(self) -> None:
         """The encoder is through; what runs of it (the projector) from now on is selection."""
         if self._vision is not None and self.probe.run is not None:
-            self.flops["vision"] = sum(self.host.vision_flops(run) for run in self.probe.run.all)
+            self.flops["vision"] = sum(self.host.vision_flops(run) - run.saved for run in self.probe.run.all)
         if self.probe.run is not None:
             self.probe.run.read = True
         self._vision = None

@@ -120,6 +120,8 @@ class Group:
     keep: Keep | tuple[Keep, ...]
     """What is to stay of each picture; a tuple: after each method."""
     evidence: Evidence
+    standing: int | None
+    """Tokens of each that a method inside the encoder left, None without one."""
     positions: Tensor
     """(G, N) int64: which of the picture's tokens are left."""
     source: Tensor
@@ -174,16 +176,20 @@ def ordered(kinds: Sequence[list[Place]]) -> list[Place]:
 
 
 def group(
-    places: Sequence[Place], keeps: Sequence[Keep | tuple[Keep, ...]], embeds: Tensor, one_at_a_time: bool
+    places: Sequence[Place],
+    keeps: Sequence[Keep | tuple[Keep, ...]],
+    embeds: Tensor,
+    one_at_a_time: bool,
+    standing: Sequence[int | None] = (),
 ) -> list[Group]:
-    """Batch the pictures of equal layout of which as much is to stay (``keeps``, one a place); ``embeds`` (B, T, D)
-    gives their features."""
+    """Batch the pictures of equal layout of which as much is to stay (``keeps``, one a place) and as much has left the
+    encoder (``standing``, () where no method acts in it); ``embeds`` (B, T, D) gives their features."""
     device = embeds.device
     batches: dict[Any, list[Place]] = {}
-    for number, (place, keep) in enumerate(zip(places, keeps, strict=True)):
-        batches.setdefault((number if one_at_a_time else id(place.layout), keep), []).append(place)
+    for number, (place, keep, left) in enumerate(zip(places, keeps, standing or [None] * len(places), strict=True)):
+        batches.setdefault((number if one_at_a_time else id(place.layout), keep, left), []).append(place)
     groups = []
-    for (_, keep), members in batches.items():
+    for (_, keep, left), members in batches.items():
         layout = members[0].layout
         rows = torch.tensor([p.row for p in members], device=device)
         spans = torch.stack([p.columns for p in members]).to(device)
@@ -199,6 +205,7 @@ def group(
                 end=spans[:, -1],
                 places=members,
                 keep=keep,
+                standing=left,
                 evidence=Evidence(
                     features=features,
                     grid=layout.grid,

@@ -83,6 +83,8 @@ class Evidence:
     turns (of which no queries are kept) are left out."""
     index: Any = None
     """(B, N) int64: which of the picture's tokens these are, counted before any reduction. None: all, in order."""
+    anchor: Any = None
+    """(B, N) int64: which of the picture's tokens stands for each after a method inside the encoder, -1: none."""
     carry: Any = None
     """What the method's last stage left of each token (``Reduction.carry``): (B, N) or (B, N, C)."""
     crops: tuple[tuple[int, int], ...] = ()

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 from torch import nn
 
+from vistok.host.encoder import SUFFIX, in_encoder
 from vistok.host.engine import Engine, Position
 from vistok.host.hooks import Hooks
 from vistok.host.hosts import host_of
@@ -18,10 +19,11 @@ from vistok.host.overlay import overlay
 from vistok.host.pictures import Picture
 from vistok.host.reducer import Reducer
 from vistok.host.setting import read_setting
+from vistok.host.vit.reducer import ViTReducer
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
-Method = str | Reducer
+Method = str | Reducer | ViTReducer
 DEFAULT_KEEP = 0.25
 
 
@@ -39,11 +41,12 @@ class Session:
         position: Position,
         budget: Budget = "per_image",
         reselect: bool = False,
+        encoder: Sequence[ViTReducer] = (),
     ) -> None:
         self.model = model
-        self.methods = tuple(methods)
+        self.methods: tuple[Any, ...] = (*encoder, *methods)
         self._host = host_of(model)
-        self._engine = Engine(self._host, self.methods, keep, position, budget, reselect)
+        self._engine = Engine(self._host, methods, keep, position, budget, reselect, encoder)
         self._log = self._engine.log
         self._hooks = Hooks()
 
@@ -84,6 +87,12 @@ class Session:
         return sum(picture.tokens_kept for picture in self.pictures)
 
     @property
+    def encoder_tokens(self) -> list[int]:
+        """Tokens of a picture (a crop, a frame) that left each of the encoder's blocks, where a method acts there; []
+        elsewhere."""
+        return [] if self._engine.side is None else self._engine.side.tokens
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of encoder, projector, language model and head, from shapes (conventions of
         ``vistok.core.flops``), all rows of the batch; the selection's own are not counted."""
@@ -122,6 +131,7 @@ class Session:
         return {
             "model": type(self.model).__name__,
             "methods": [repr(method) for method in self.methods],
+            "encoder_tokens": self.encoder_tokens,
             "tokens_in": self.tokens_in,
             "tokens_kept": self.tokens_kept,
             "flops": self.flops,
@@ -155,6 +165,10 @@ def apply(
     equal shares of what they are given; or a list with one ``keep`` for each method. ``position``: "keep" leaves the
     tokens that stay at their original positions, "recompact" closes the gaps; None: as the method says, which is "keep"
     unless its paper closes them. A method that keeps the tokens and spends less on each (yopo) has no use for either.
+    A method of the vit family acts inside the model's vision encoder (CLIP, SigLIP), named with "@encoder":
+    ``["pitome@encoder", "holov"]``. The encoder runs on fewer tokens, and those that leave it go on to the next
+    method. A single ``keep`` is then that of the methods after the encoder, and the method inside keeps what it does by
+    default; a list has one each, as each counts.
     ``budget``: "per_image" takes ``keep`` of each picture; "shared" takes it of all pictures of a prompt together and
     splits it in proportion to their tokens. ``reselect``: a later turn on the same cache, of more than one token and
     without pictures, chooses again from all tokens of the pictures, for the new question: what the language model was
@@ -180,23 +194,16 @@ def apply(
         setting = read_setting(method)
         method, keep = setting.create(), setting.keep if keep is None else keep
     methods = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
-    from vistok.host.vit.session import apply_vit, for_vit
+    from vistok.host.vit.session import apply_vit, for_vit, vit_reducer
 
     if methods and for_vit(model, methods):
         if position is not None or budget != "per_image" or reselect:
             raise ValueError("position, budget, reselect: are for language models, not for a vision transformer")
         return apply_vit(model, methods, keep, **hyper)
-    keep = DEFAULT_KEEP if keep is None else keep
     if not methods:
         raise ValueError("method: got an empty list, must be a name, a Reducer or a list of them")
-    if isinstance(keep, Sequence):
-        if len(keep) != len(methods):
-            raise ValueError(
-                f"keep: got {len(keep)} values for {len(methods)} methods, must be one each or a single one"
-            )
-        keep = [check_keep(k) for k in keep]
-    else:
-        keep = check_keep(keep)
+    if isinstance(keep, Sequence) and len(keep) != len(methods):
+        raise ValueError(f"keep: got {len(keep)} values for {len(methods)} methods, must be one each or a single one")
     if position not in ("keep", "recompact", None):
         raise ValueError(f"position: got {position!r}, must be 'keep', 'recompact' or None")
     if budget not in ("per_image", "shared"):
@@ -205,17 +212,33 @@ def apply(
         raise ValueError(
             f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the Reducer"
         )
-    reducers = [_reducer(m, hyper) for m in methods]
+    inside = [in_encoder(m) for m in methods]
+    alone = all(inside)
+    given = list(keep) if isinstance(keep, Sequence) else [keep if alone or not i else None for i in inside]
+    encoder = [
+        vit_reducer(m.removesuffix(SUFFIX) if isinstance(m, str) else m, k, hyper)
+        for m, k, i in zip(methods, given, inside, strict=True)
+        if i
+    ]
+    reducers = [_reducer(m, hyper) for m, i in zip(methods, inside, strict=True) if not i]
+    if isinstance(keep, Sequence):
+        keep = [check_keep(k) for k, i in zip(keep, inside, strict=True) if not i]
+    else:
+        keep = 1.0 if alone else check_keep(DEFAULT_KEEP if keep is None else keep)
     if position is None:
         position = "recompact" if any(reducer.position == "recompact" for reducer in reducers) else "keep"
-    return Session(model, reducers, keep, position, budget, reselect)
+    return Session(model, reducers, keep, position, budget, reselect, encoder)
 
 
-def _reducer(method: Method, hyper: dict[str, Any]) -> Reducer:
-    if isinstance(method, str):
-        from vistok import catalogue
+def _reducer(method: Any, hyper: dict[str, Any]) -> Reducer:
+    from vistok import catalogue
 
-        method = catalogue.create(method, **hyper)
-    if not isinstance(method, Reducer):
+    made = catalogue.create(method, **hyper) if isinstance(method, str) else method
+    if isinstance(made, ViTReducer):
+        raise ValueError(
+            f"method: got {method!r}, which is for vision transformers; inside the model's vision encoder it is "
+            f"{method + SUFFIX!r}"
+        )
+    if not isinstance(made, Reducer):
         raise ValueError(f"method: got {method!r}, must be the name of a reducer, a Reducer or a list of them")
-    return method
+    return made

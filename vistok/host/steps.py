@@ -69,13 +69,17 @@ class Steps:
             left = schedule.input
 
     def _keeps(self, group: Group) -> list[int]:
-        """Tokens left after each method; of a single ``keep`` those that drop by themselves (Effort) take no share."""
+        """Tokens left after each method; of a single ``keep`` those that drop by themselves (Effort) take no share, nor
+        what carries on a method inside the encoder."""
         keep, num_tokens = group.keep, group.count
-        drops = [not isinstance(method, Effort) for method in self.methods]
+        before = [] if group.standing is None else [group.standing]
+        drops = [not isinstance(method, Effort) for method in self.methods[len(before) :]]
+        if not drops:
+            return before
         if isinstance(keep, Sequence) or all(drops):
-            return counts(keep, num_tokens, len(self.methods))
+            return before + counts(keep, num_tokens, len(drops))
         left = iter(counts(keep, num_tokens, max(1, sum(drops))))
-        return [next(left) if drop else num_tokens for drop in drops]
+        return before + [next(left) if drop else num_tokens for drop in drops]
 
     def stages(self, groups: list[Group]) -> set[int]:
         """The decoder layers before which something is dropped or comes back."""

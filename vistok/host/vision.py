@@ -7,8 +7,8 @@ patches a token of the language model is made of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from vistok.host.hooks import Hooks
 from vistok.host.layout import Kind, Layout
 from vistok.host.reducer import LayerSpec
 from vistok.host.taps import Queries, Tap
+from vistok.host.vit.state import TokenState
 
 ATTENTION_FIELDS = (
     "cls_attention",
@@ -69,6 +70,11 @@ class VisionRun:
     """(S, P) float32 grey values of each patch."""
     rows: int = 0
     """Rows that the projector was given (tokens or patches)."""
+    anchor: Tensor | None = None
+    """(S,) int64: the patch at whose place the slot stands that each patch ended in, after a method inside the encoder;
+    -1 where it was dropped. None without such a method."""
+    saved: int = 0
+    """Floating-point operations that such a method spared the encoder."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
     """(sequences, tokens) that each encoder layer attended over, one entry a group of equal length and layer."""
     before: VisionRun | None = None
@@ -105,18 +111,19 @@ def measure(name: str, x: Queries) -> Tensor:
     return (received if name == "received_attention" else given)[:, class_token:]
 
 
-def flatten(name: str, parts: list[Queries]) -> Any:
-    """``measure`` of all sequences of a layer, laid flat over the encoder's patches."""
+def flatten(name: str, parts: list[Queries], patches: int | None = None) -> Any:
+    """``measure`` of all sequences of a layer, laid flat over the encoder's ``patches``; those that none of the
+    sequences names get 0. None: the sequences name them all."""
     values = [(x.where, measure(name, x)) for x in parts]
     if name == "encoder_attention":
         return [(place, block) for where, value in values for place, block in zip(where, value, strict=True)]
-    size = sum(where.numel() for where, _ in values)
+    size = sum(where.numel() for where, _ in values) if patches is None else patches
     if name in ("cls_attention", "cls_logits"):
-        out = values[0][1].new_empty(size, values[0][1].shape[1])
+        out = values[0][1].new_zeros(size, values[0][1].shape[1])
         for where, value in values:
             out[where.flatten()] = value.transpose(1, 2).flatten(0, 1)
         return out.T
-    out = values[0][1].new_empty(size, *values[0][1].shape[2:])
+    out = values[0][1].new_zeros(size, *values[0][1].shape[2:])
     for where, value in values:
         out[where.flatten()] = value.flatten(0, 1)
     return out
@@ -148,6 +155,8 @@ class Probe:
                         self.wanted.setdefault(layer, set()).add(name)
         self.depth = depth
         self.run: VisionRun | None = None
+        self.states: Callable[[], Mapping[int, TokenState]] | None = None
+        """What left each encoder block (-1: what entered the first), where a method drops tokens there."""
 
     def new_prompt(self, kind: Kind) -> bool:
         """Whether a run on ``kind`` that is about to begin is for another prompt than ``run``."""
@@ -170,12 +179,18 @@ class Probe:
 
     def _attended(self, layer: int, names: set[str], parts: list[Queries]) -> None:
         if self.run is not None:
+            patches = None
+            if self.states is not None and not (state := self.states()[layer - 1]).untouched:
+                patches = state.source.numel()
+                parts = [replace(parts[0], where=state.flat_anchor)]
             with torch.no_grad():
-                self.run.fields.update({(name, layer): flatten(name, parts) for name in names})
+                self.run.fields.update({(name, layer): flatten(name, parts, patches) for name in names})
 
     def _left(self, layer: int, encoder: Encoder, module: Any, args: Any, output: Any) -> None:
         if self.run is not None:
             hidden = output[0] if isinstance(output, tuple) else output
+            if self.states is not None:
+                hidden = self.states()[layer].restored(hidden, "nearest")
             self.run.fields["encoder_states", layer] = encoder.patch_states(hidden.detach())
 
     def evidence(self, needs: Mapping[str, LayerSpec], layout: Layout, first: Tensor) -> dict[str, Any]:
@@ -190,6 +205,8 @@ class Probe:
                 out[name] = _tokens(run.features, layout, first, join=True)
             elif name == "patch_pixels" and run.pixels is not None:
                 out[name] = _tokens(run.pixels, layout, first, join=True)
+            elif name == "anchor" and run.anchor is not None:
+                out[name] = on_tokens(run.anchor, layout, first)
             elif name in LAYER_FIELDS:
                 values = [_field(name, run.fields[name, layer], layout, first) for layer in layers_of(spec, self.depth)]
                 out[name] = tuple(values) if isinstance(spec, (slice, tuple)) else values[0]
@@ -216,6 +233,27 @@ def _tokens(flat: Tensor, layout: Layout, first: Tensor, join: bool = False) -> 
     if patches.shape[1] == 1:
         return values[:, :, 0]
     return values.flatten(2) if join else values.mean(2)
+
+
+def on_tokens(anchor: Tensor, layout: Layout, first: Tensor) -> Tensor:
+    """(B, N) int64: which token of its picture stands for each, -1 where none does; ``anchor`` (S,) says it of patches.
+
+    A token of several patches stands for itself if one of them does, and is not stood for otherwise. A slot whose place
+    is not among the tokens (the padding of a cut picture) stands at the first of its patches that is.
+    """
+    _, patches, _ = layout.on(anchor.device)
+    first = first.to(anchor.device)
+    index = first[:, None, None] + patches
+    at, place = anchor[index], torch.arange(len(patches), device=anchor.device)
+    if patches.shape[1] > 1:
+        return torch.where((at == index).any(2), place, -1)
+    token = place.new_full((layout.num_patches,), -1)
+    token[patches[:, 0]] = place
+    there = (at[:, :, 0] - first[:, None]).clamp_min(0)
+    others = torch.where(at[:, :, 0] < 0, len(place), place)  # the first of a slot's tokens is the lowest
+    seen = place.new_full((len(first), layout.num_patches), len(place)).scatter_reduce(1, there, others, "amin")
+    stand = torch.where(token < 0, seen, token).gather(1, there)
+    return torch.where(at[:, :, 0] < 0, -1, stand)
 
 
 def _square(blocks: list[tuple[Tensor, Tensor]], layout: Layout, first: int) -> Tensor:

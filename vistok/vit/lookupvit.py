@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from vistok.catalogue.card import Card, Outcome
+from vistok.catalogue.card import Card, Outcome, ViTTrial
 from vistok.core.soft import aggregate, gather_weights, return_weights
 
 CARD = Card(
@@ -160,7 +160,7 @@ def compress(x: Tensor, m: tuple[int, int]) -> Tensor:
     return interpolate(x, m, mode="bilinear", antialias=True, align_corners=False)
 
 
-def claim(trial: Any, steps: int = 200) -> Outcome:
+def claim(trial: ViTTrial, steps: int = 200) -> Outcome:
     """The abstract: one model trained with maps of many sizes, and a size chosen at test.
 
     It starts from the zoo's classifier (``warm_start``), is trained for ``steps`` steps and asked with 4, 9 and 36
@@ -176,7 +176,7 @@ def claim(trial: Any, steps: int = 200) -> Outcome:
     rng = torch.Generator().manual_seed(trial.seed)
 
     def loss(model: LookupViT, batch: Any) -> tuple[Tensor, Tensor]:
-        pixels = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = batch.pixels
         logits = model(pixels, model.draw(rng)).float()
         return cross_entropy(logits, batch.label), (logits.argmax(1) == batch.label).float().mean()
 

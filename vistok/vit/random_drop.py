@@ -9,12 +9,11 @@ chosen blocks, as Top-k and EViT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vistok.catalogue.card import Card, Outcome
+from vistok.catalogue.card import Card, Outcome, ViTTrial
 from vistok.core.select import topk
 from vistok.host.keep import Keep
 from vistok.host.vit import KeepRate, TokenState, ViTEvidence
@@ -36,8 +35,8 @@ class RandomDrop(KeepRate):
 
     keep: Keep = 0.7
     """Share of the patches that stay at each block (rounded up), or their number."""
-    layers: tuple[int, ...] = (3, 6, 9)
-    """Blocks, from 0."""
+    layers: tuple[int, ...] | None = None
+    """Blocks, from 0; None: after each quarter of the depth, 3, 6, 9 of 12."""
     seed: int | None = 0
     """The same seed keeps the same places; None: drawn anew for each picture and pass, by torch's own generator."""
 
@@ -59,11 +58,8 @@ def _scrambled(x: Tensor) -> Tensor:
     return (x & 0xFFFFFFFF) ^ ((x & 0xFFFFFFFF) >> 16)
 
 
-def claim(trial: Any) -> Outcome:
-    """Precision of the kept patches inside the object's mask over five seeds, against the mask's share of all patches.
-
-    ``trial``: as ``vistok.bench.vit_trial.ViTTrial``.
-    """
+def claim(trial: ViTTrial) -> Outcome:
+    """Precision of the kept patches on the object's mask over five seeds, against the mask's share of all patches."""
     scores = [trial.mask_score(RandomDrop(keep=0.5, seed=seed)) for seed in range(5)]
     chance = scores[0].chance
     precision = sum(score.precision for score in scores) / 5

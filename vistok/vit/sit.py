@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
-from vistok.catalogue.card import Card, Outcome
+from vistok.catalogue.card import Card, Outcome, ViTTrial
 from vistok.core.soft import aggregate, gather_weights
 
 CARD = Card(
@@ -221,7 +221,7 @@ def _embed(vit: VisionTransformer, pictures: Tensor) -> Tensor:
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pictures))))
 
 
-def claim(trial: Any, steps: int = 120) -> Outcome:
+def claim(trial: ViTTrial, steps: int = 120) -> Outcome:
     """The abstract: distillation of every layer makes use of what a teacher of the same structure knows.
 
     Two slim copies of the zoo's classifier, equal in all but the loss, each trained for ``steps`` steps.
@@ -241,20 +241,15 @@ def claim(trial: Any, steps: int = 120) -> Outcome:
 
 
 def _labels(student: SlimViT, batch: Any) -> tuple[Tensor, Tensor]:
-    logits = student(_pixels(batch)).float()
+    logits = student(batch.pixels).float()
     return cross_entropy(logits, batch.label), (logits.argmax(1) == batch.label).float().mean()
 
 
 def _lesson(loss: FRDLoss, teacher: VisionTransformer) -> Any:
     def lesson(student: SlimViT, batch: Any) -> tuple[Tensor, Tensor]:
-        pixels = _pixels(batch)
+        pixels = batch.pixels
         logits, tokens = student.learn(pixels)
         parts = loss(logits.float(), batch.label, tokens, *teach(teacher, pixels))
         return parts.total, (logits.argmax(1) == batch.label).float().mean()
 
     return lesson
-
-
-def _pixels(batch: Any) -> Tensor:
-    """(B, 3, H, W) in -1 .. 1 of the batch's pictures (B, H, W, 3) uint8."""
-    return batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1

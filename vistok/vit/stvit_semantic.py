@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from vistok.catalogue.card import Card, Outcome
+from vistok.catalogue.card import Card, Outcome, ViTTrial
 
 CARD = Card(
     title="Making Vision Transformers Efficient from A Token Sparsification View (STViT, STViT-R)",
@@ -254,7 +253,7 @@ def neighbourhoods(grid: tuple[int, int], window: int, side: int) -> Tensor:
     return index.flatten(2).flatten(0, 1)
 
 
-def claim(trial: Any, steps: int = 250) -> Outcome:
+def claim(trial: ViTTrial, steps: int = 250) -> Outcome:
     """The abstract, of DeiT. A copy of the zoo's classifier goes on with 16 tokens and is trained for ``steps`` steps.
 
     It keeps the shortcut and starts at larger scales: so short a training continues a network and builds none.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.utils.flop_counter import FlopCounterMode
 
-from vistok.catalogue.card import Card, Outcome
+from vistok.catalogue.card import Card, Outcome, ViTTrial
 from vistok.core.supertoken import associate
 
 CARD = Card(
@@ -227,7 +226,7 @@ SMALL = SuperTokens((24, 48, 96), (1, 2, 2), (1, 2, 4), (4, 2, 1), 0.0, 128)
 """What the claim trains."""
 
 
-def claim(trial: Any, steps: int = 250) -> Outcome:
+def claim(trial: ViTTrial, steps: int = 250) -> Outcome:
     """The abstract: efficient and effective global context early in a network. Both networks start untrained.
 
     The plain one is a timm ViT of 8 px patches; both are trained for ``steps`` steps.

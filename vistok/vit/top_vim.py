@@ -21,15 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu, softplus
 
-from vistok.catalogue.card import Card, Outcome
-from vistok.core.scan import gaps, selective_scan
+from vistok.catalogue.card import Card, Outcome, ViTTrial
+from vistok.core.scan import gaps, selective_scan, step_bias
 from vistok.core.select import topk
 from vistok.core.tensors import take, upcast
 
@@ -62,9 +62,8 @@ class Direction(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, state + 1.0).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        step = torch.empty(inner).uniform_(math.log(1e-3), math.log(0.1)).exp()
         with torch.no_grad():
-            self.dt_proj.bias.copy_(step + (-torch.expm1(-step)).log())  # whose softplus is the step
+            self.dt_proj.bias.copy_(step_bias(inner))
 
     def forward(self, x: Tensor, z: Tensor, gap: Tensor | None) -> Tensor:
         """(B, D, L) of ``x`` and its gate ``z`` (B, D, L) in the scan's order; ``gap`` as in ``selective_scan``."""
@@ -239,7 +238,7 @@ class TopViM:
         return PrunedVim(num_classes, *shape, self.prune_after, self.keep, self.align, self.parity)
 
 
-def claim(trial: Any, steps: int = 400) -> Outcome:
+def claim(trial: ViTTrial, steps: int = 400) -> Outcome:
     """The abstract: naive pruning disrupts the sequence, and alignment steadies what is left of it.
 
     A small Vim is trained whole for ``steps`` steps, with the task's read-outs of every patch, then a fifth of its

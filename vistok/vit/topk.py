@@ -12,9 +12,8 @@ ranked by the attention that each patch receives.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from vistok.catalogue.card import Card, Outcome
+from vistok.catalogue.card import Card, Outcome, ViTTrial
 from vistok.core.select import topk
 from vistok.host.keep import Keep
 from vistok.host.vit import KeepRate, TokenState, ViTEvidence
@@ -40,18 +39,15 @@ class TopK(KeepRate):
 
     keep: Keep = 0.7
     """Share of the patches that stay at each block (rounded up), or their number."""
-    layers: tuple[int, ...] = (3, 6, 9)
-    """Blocks, from 0; those of EViT for 12 blocks."""
+    layers: tuple[int, ...] | None = None
+    """Blocks, from 0; None: after each quarter of the depth, 3, 6, 9 of 12."""
 
     def reduce(self, state: TokenState, evidence: ViTEvidence, count: int) -> TokenState:
         return state.keep(topk(evidence.class_row.mean(1), count))
 
 
-def claim(trial: Any) -> Outcome:
-    """The abstract's finding, against the control; off the shelf, 50% of the patches at each of three blocks.
-
-    ``trial``: as ``vistok.bench.vit_trial.ViTTrial``.
-    """
+def claim(trial: ViTTrial) -> Outcome:
+    """The abstract's finding, against the control; off the shelf, 50% of the patches at each of three blocks."""
     chance = trial.accuracy("random-drop", 0.5)
     best = trial.accuracy(TopK(keep=0.5))
     return Outcome("accuracy at keep rate 0.5, against random", baseline=chance, value=best, holds=best > chance)

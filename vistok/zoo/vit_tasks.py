@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from vistok.core.tensors import take
-from vistok.world import MAP_CLASSES, OBJECTS, Picture, class_map, derive_seed, make, make_object, make_view
+from vistok.world import (
+    COLOUR_NAMES,
+    MAP_CLASSES,
+    OBJECTS,
+    Picture,
+    class_map,
+    derive_seed,
+    make,
+    make_object,
+    make_view,
+)
 
 from .vit import Pooling, describe, segment, to_pixels
 
@@ -35,6 +46,11 @@ class ViTBatch:
     """(B, H, W) uint8: the object's mask, 0 or 1 (objects); ``class_map`` (scenes); zeros (places)"""
     places: Tensor | None = None
     """(B, K) int64: which patches the model is given, ascending; None for all. See ``fewer_patches``."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, 3, H, W) float32 in -1 .. 1"""
+        return to_pixels(self.images)
 
     def to(self, device: str | torch.device) -> ViTBatch:
         """The same on another device."""
@@ -68,7 +84,13 @@ class ViTTask:
     def pieces(self, n: int, *, seed: int, size: int) -> Iterator[ViTBatch]:
         """The first n test pictures in batches."""
         for start in range(0, n, EVALUATION_BATCH):
-            yield self.draw(start, min(EVALUATION_BATCH, n - start), seed=seed, split="test", size=size)
+            yield _test_batch(self, start, min(EVALUATION_BATCH, n - start), seed, size)
+
+
+@lru_cache(maxsize=40)
+def _test_batch(task: ViTTask, start: int, n: int, seed: int, size: int) -> ViTBatch:
+    """Drawn once for all methods that are measured on it."""
+    return task.draw(start, n, seed=seed, split="test", size=size)
 
 
 @dataclass(frozen=True)
@@ -200,7 +222,33 @@ class Places(ViTTask):
         return recall(torch.cat(found), torch.cat(label))
 
 
-TASKS: dict[str, ViTTask] = {task.name: task for task in (Objects(), Scenes(), Places())}
+@dataclass(frozen=True)
+class Colours(ViTTask):
+    """Which of eight colours the one thing in a scene has: what a classifier of shapes in any colour has no use for."""
+
+    name = "colours"
+    classes = COLOUR_NAMES
+
+    def draw(self, start: int, n: int, *, seed: int = 0, split: str = "train", size: int = 96) -> ViTBatch:
+        numbers = range(start, start + n)
+        pictures = [make("scenes", derive_seed(seed, i, split), size, questions=0, max_objects=1) for i in numbers]
+        images = _images(pictures)
+        label = [COLOUR_NAMES.index(picture.things[0].attributes["colour"]) for picture in pictures]
+        return ViTBatch(images, torch.tensor(label), images.new_zeros(images.shape[:3]))
+
+    def loss(self, model: Any, batch: ViTBatch, heads: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        logits = model(batch.pixels).float()
+        return nn.functional.cross_entropy(logits, batch.label), _right(logits, batch.label)
+
+    def score(self, model: Any, n: int, *, seed: int = 1, size: int = 96) -> dict[str, float]:
+        right = []
+        with _judging(model):
+            for batch in self.pieces(n, seed=seed, size=size):
+                right.append(model(to_pixels(batch.images, model)).argmax(1).cpu() == batch.label)
+        return {"accuracy": torch.cat(right).float().mean().item()}
+
+
+TASKS: dict[str, ViTTask] = {task.name: task for task in (Objects(), Scenes(), Places(), Colours())}
 
 
 def half_of_the_patches(batch: ViTBatch, patches: int, rng: torch.Generator) -> Tensor:

@@ -131,6 +131,13 @@ class Host(ABC):
         return (self.tower,)
 
     @property
+    def feature_layer(self) -> int:
+        """Which of the encoder's ``hidden_states`` feeds the projector; of several the deepest."""
+        layer = getattr(self.model.config, "vision_feature_layer", -1)
+        depth = len(self.blocks) + 1
+        return max(i % depth for i in layer) if isinstance(layer, (list, tuple)) else layer
+
+    @property
     def projector(self) -> Any:
         """What maps encoder features to tokens of the language model."""
         return self.base.multi_modal_projector

@@ -8,8 +8,9 @@ How a block ``x = x + attention(norm1(x)); x = x + mlp(norm2(x))`` comes to have
 * after the block: what it leaves is the method's tokens plus what was taken away, T' tokens.
 
 Of the tokens that are gone the block computes no MLP, only that one addition; gradients flow as in a block written for
-it. Nothing else in the model changes: no class, attribute, parameter or buffer. ``torch.compile`` traces through the
-hooks, so that a model with a method in it still compiles to one graph.
+it. Steps without evidence (``TokenStep``) run before and after the block, on what it is given and what it leaves.
+Nothing else in the model changes: no class, attribute, parameter or buffer. ``torch.compile`` traces through the hooks,
+so that a model with a method in it still compiles to one graph.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vistok.host.hosts.base import UnsupportedModel
 from vistok.host.layout import plain
 from vistok.host.pictures import Picture
 from vistok.host.vit.models import ViT
-from vistok.host.vit.reducer import Stage, ViTEvidence, ViTReducer
+from vistok.host.vit.reducer import Stage, TokenStep, ViTEvidence, ViTReducer
 from vistok.host.vit.state import Fill, TokenState
 
 _TAKEN: WeakSet[nn.Module] = WeakSet()
@@ -69,7 +70,11 @@ class Run:
 
     grid: tuple[int, int]
     left: dict[int, TokenState] = field(default_factory=dict)
-    """What left each block, without values; -1: what entered the first."""
+    """What left each block, without values; -1: what the first was given, before any step."""
+    entered: dict[int, TokenState] = field(default_factory=dict)
+    """What each block works on, without values: what left the one before, or what the steps before it made of that."""
+    worked: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Slots of each block's attention and of its MLP."""
     held: dict[str, Any] = field(default_factory=dict)
     """Of the block that is running: its queries, keys, angles, bias, the method's tokens and the MLP's output."""
 
@@ -79,10 +84,8 @@ class ViTLog:
 
     kv_bytes = 0
 
-    def __init__(self, vit: ViT, after_layers: frozenset[int]) -> None:
+    def __init__(self, vit: ViT) -> None:
         self.vit = vit
-        self.after_layers = after_layers
-        """Blocks at whose end a method acts, so that their MLPs run on all that they are given."""
         self.run: Run | None = None
         self.spans: dict[str, list[tuple[Any, Any]]] = {"total": [], "select": []}
         self.start: Any = None
@@ -128,14 +131,26 @@ class ViTLog:
         if self.run is None:
             return {"patches": 0, "blocks": 0}
         states = self.states
-        batch, prefix = len(states[0].source), states[0].prefix
-        spent = 0
-        for layer, block in enumerate(self.vit.blocks):
-            tokens, left = states[layer].num_slots + prefix, states[layer + 1].num_slots + prefix
-            spent += _linear(block.attention, tokens) + flops.attention(tokens, tokens, *_heads(block.attention))
-            spent += _linear(block.mlp, tokens if layer in self.after_layers else left)
         weights = [m.weight.numel() for m in self.vit.patches.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        return {"patches": batch * 2 * states[0].num_slots * sum(weights), "blocks": batch * spent}
+        return {
+            "patches": len(states[0].source) * 2 * states[0].num_slots * sum(weights),
+            "blocks": self._spent(self.seen.worked),
+        }
+
+    @property
+    def saved(self) -> int:
+        """What the blocks would have spent besides if all patches had stayed."""
+        whole = self.states[0].num_slots
+        return self._spent(dict.fromkeys(self.seen.worked, (whole, whole))) - self._spent(self.seen.worked)
+
+    def _spent(self, worked: dict[int, tuple[int, int]]) -> int:
+        """Floating-point operations of the blocks, whose attention and MLP had so many slots (``Run.worked``)."""
+        first, spent = self.states[0], 0
+        for layer, block in enumerate(self.vit.blocks):
+            tokens, left = (slots + first.prefix for slots in worked[layer])
+            spent += _linear(block.attention, tokens) + flops.attention(tokens, tokens, *_heads(block.attention))
+            spent += _linear(block.mlp, left)
+        return len(first.source) * spent
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -176,22 +191,23 @@ class ViTEngine:
         self.vit, self.restore = vit, restore
         self.depth = len(vit.blocks)
         self.at: dict[int, ViTReducer] = {}
-        for method in methods:
-            for layer in method.stages(self.depth):
-                if layer in self.at:
+        self.before: dict[int, list[TokenStep]] = {}
+        self.after: dict[int, list[TokenStep]] = {}
+        for step in (step for method in methods for step in method.steps):
+            for layer in step.stages(self.depth):
+                if isinstance(step, TokenStep):
+                    (self.before if step.place == "before" else self.after).setdefault(layer, []).append(step)
+                elif layer in self.at:
                     raise ValueError(
-                        f"method: {type(self.at[layer]).__name__} and {type(method).__name__} both act at block "
+                        f"method: {type(self.at[layer]).__name__} and {type(step).__name__} both act at block "
                         f"{layer}; several methods must act at different blocks"
                     )
-                self.at[layer] = method
+                else:
+                    self.at[layer] = step
         self.proportional = any(method.proportional for method in methods)
         if self.proportional and vit.fused:
-            raise UnsupportedModel(
-                f"{type(vit.tower).__name__} with {vit.tower.config._attn_implementation}: attention in proportion to "
-                "size needs an additive mask; load the model with attn_implementation='sdpa', or switch it off "
-                "(proportional=False)"
-            )
-        self.log = ViTLog(vit, frozenset(layer for layer, method in self.at.items() if method.place == "after"))
+            raise _needs_a_mask(vit, "attention in proportion to size", ", or switch it off (proportional=False)")
+        self.log = ViTLog(vit)
 
     def install(self, hooks: Hooks) -> None:
         if self.vit.tower in _TAKEN:
@@ -209,6 +225,7 @@ class ViTEngine:
             if layer in self.at:
                 hooks.after(block.query, partial(self._holds, "q"))
                 hooks.after(block.key, partial(self._holds, "k"))
+                hooks.after(block.value, partial(self._holds, "v"))
                 if self.at[layer].place == "mid":
                     hooks.before(block.norm, partial(self._halfway, layer))
                     hooks.after(block.branch, self._takes)
@@ -232,17 +249,24 @@ class ViTEngine:
         if layer == 0:
             run.left[-1] = TokenState.start(x, self.vit.prefix, run.grid).bare
         state = run.left[layer - 1]
-        if state.num_slots == state.source.shape[1] and not state.merged:
+        if layer in self.before:
+            state = self._stepped(self.before[layer], layer, state, x)
+            args, kwargs = ((state.x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state.x})
+            state = state.bare
+        run.entered[layer] = state
+        if state.untouched and state.visible is None:
             if self.vit.rotary:
                 run.held["angles"] = kwargs.get(self.vit.rotary)
-            return None
+            return (args, kwargs) if layer in self.before else None
         name = self.vit.mask
         given = kwargs.get(name, args[1] if len(args) > 1 else None)
         if given is not None:
             raise ValueError(f"{name}: a mask of the caller's cannot be followed once tokens are gone, leave it out")
         kwargs = dict(kwargs)
-        if self.proportional:
-            bias = state.key_bias(x.dtype)
+        bias = state.key_bias(x.dtype, self.proportional)
+        if bias is not None:
+            if self.vit.fused:
+                raise _needs_a_mask(self.vit, "hiding tokens", "")
             run.held["bias"] = bias
             if len(args) > 1:
                 args = (args[0], bias, *args[2:])
@@ -272,12 +296,18 @@ class ViTEngine:
 
     def _leaves(self, layer: int, module: Any, args: Any, output: Any) -> Any:
         run = self._run()
-        state: TokenState | None = run.held.get("state")
+        entered, state = run.entered[layer], run.held.get("state")
+        run.worked[layer] = entered.num_slots, (state or entered).num_slots
         if state is not None:
             output = state.x + run.held["mlp"]
-        elif layer in self.log.after_layers and (state := self._reduced(layer, output)) is not None:
-            output = state.x
-        run.left[layer] = run.left[layer - 1] if state is None else state.bare
+        elif layer in self.at and self.at[layer].place == "after":
+            state = self._reduced(layer, output)
+            output = output if state is None else state.x
+        left = entered if state is None else state.bare
+        if layer in self.after:
+            state = self._stepped(self.after[layer], layer, left, output)
+            left, output = state.bare, state.x
+        run.left[layer] = left
         run.held.clear()
         if layer == self.depth - 1 and not torch.compiler.is_compiling():
             self.log.spans["total"] = [(self.log.start, self.log.mark())]
@@ -296,33 +326,61 @@ class ViTEngine:
     def _reduced(self, layer: int, x: Tensor) -> TokenState | None:
         """What the method of block ``layer`` makes of ``x`` (B, T, C); None where it has nothing to do."""
         run, method = self._run(), self.at[layer]
-        before = run.left[layer - 1]
-        stage = Stage(layer, self.depth, before.source.shape[1])
-        tokens = before.num_slots
+        before = run.entered[layer]
+        stage = self._stage(layer)
+        tokens = before.num_slots - before.held
         count = method.count(tokens, stage)
         if count == tokens:
             return None
         start = None if torch.compiler.is_compiling() else self.log.mark()
-        state = method.reduce(replace(before, x=x), self._evidence(layer, stage), count)
+        evidence = self._evidence(layer, stage).withheld(before.held)
+        state = method.reduce(replace(before, x=x).withheld, evidence, count).given_back(before.held)
         if start is not None:
             self.log.spans["select"].append((start, self.log.mark()))
         return state
 
+    def _stepped(self, steps: Sequence[TokenStep], layer: int, state: TokenState, x: Tensor) -> TokenState:
+        """What ``steps`` at block ``layer`` make of ``x`` (B, T, C), whose state is ``state``."""
+        state = replace(state, x=x)
+        for step in steps:
+            state = step.act(state, self._stage(layer))
+        return state
+
+    def _stage(self, layer: int) -> Stage:
+        return Stage(layer, self.depth, self._run().left[-1].num_slots)
+
     def _evidence(self, layer: int, stage: Stage) -> ViTEvidence:
-        held, attention = self._run().held, self.vit.blocks[layer].attention
+        held, block = self._run().held, self.vit.blocks[layer]
+        attention = block.attention
         q, k = (self.vit.heads(attention, held.pop(name)) for name in "qk")
         if held.get("angles") is not None:
             q, k = (self.vit.turn(attention, t, held["angles"]) for t in (q, k))
         scale = q.shape[-1] ** -0.5
-        return ViTEvidence(q, k, scale, self.vit.prefix, self.vit.class_token, stage, held.get("bias"))
+        values = partial(block.values, held.pop("v"))
+        return ViTEvidence(q, k, scale, self.vit.prefix, self.vit.class_token, stage, held.get("bias"), values)
+
+
+def _needs_a_mask(vit: ViT, what: str, otherwise: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(vit.tower).__name__} with {vit.tower.config._attn_implementation}: {what} needs an additive mask; load "
+        f"the model with attn_implementation='sdpa'{otherwise}"
+    )
 
 
 def _taken(angles: Any, anchor: Tensor) -> Any:
-    """Rotary angles of the slots: rows ``anchor`` (B, K) of ``angles``, which are (N, D), (H, N, D), (B, 1, N, D) or a
-    pair of such. (B, H or 1, K, D); a slot without a place gets the first patch's."""
+    """Rotary angles of the slots: rows ``anchor`` (B, K) of ``angles``, which are sines and cosines side by side, (N,
+    D), (H, N, D) or (B, 1, N, D), or the pair (cosines, sines). (B, H or 1, K, D). A slot without a place, such as an
+    added token, is not turned, as the prefix is not: sine 0, cosine 1."""
     if isinstance(angles, tuple):
-        return tuple(_taken(part, anchor) for part in angles)
+        cosines, sines = angles
+        return _rows(cosines, anchor, cosines.new_ones(())), _rows(sines, anchor, sines.new_zeros(()))
+    half = angles.shape[-1] // 2
+    return _rows(angles, anchor, torch.cat([angles.new_zeros(half), angles.new_ones(half)]))
+
+
+def _rows(angles: Tensor, anchor: Tensor, none: Tensor) -> Tensor:
+    """Rows ``anchor`` (B, K) of ``angles`` (..., N, D) by picture and head, ``none`` (D,) or () where it is -1."""
     heads = angles.shape[-3] if angles.ndim > 2 else 1
     full = angles.expand(len(anchor), heads, *angles.shape[-2:])
     index = anchor.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, full.shape[-1])
-    return full.gather(2, index)
+    return torch.where((anchor < 0)[:, None, :, None], none, full.gather(2, index))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from vistok.host.hosts.base import UnsupportedModel
 
@@ -28,6 +29,10 @@ class Block:
     query: Any
     key: Any
     """What leaves queries and keys; see ``ViT.heads``."""
+    value: Any
+    """What leaves the values, or what they are made of."""
+    values: Callable[[Tensor], Tensor]
+    """What ``value`` left, to values (B, Hk, T, d)."""
     norm: Any
     """The second norm: it is given what attention left."""
     branch: Any
@@ -62,6 +67,12 @@ class ViT:
     """(attention, queries or keys, rotary angles) turned."""
     fused: bool
     """Whether attention runs on a kernel that takes no additive mask (flash attention, flex attention)."""
+
+    @property
+    def width(self) -> int:
+        """C, the channels of a token."""
+        weight: Tensor = self.blocks[0].norm.weight
+        return weight.numel()
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         """(h, w) patches of ``pixels`` (B, C, H, W)."""
@@ -117,7 +128,9 @@ def _timm(model: Any) -> ViT:
                 "supported (Block, EvaBlock with Attention, AttentionRope, EvaAttention)"
             )
         attn = block.attn
-        blocks.append(Block(block, attn, attn.q_norm, attn.k_norm, block.norm2, block.drop_path2, block.mlp))
+        value, values = _timm_values(block)
+        norm, branch = block.norm2, block.drop_path2
+        blocks.append(Block(block, attn, attn.q_norm, attn.k_norm, value, values, norm, branch, block.mlp))
     if not any(cls.__name__ == "PatchEmbed" for cls in type(model.patch_embed).__mro__):
         raise UnsupportedModel(
             f"{name} with patches of {type(model.patch_embed).__name__}: only those of a PatchEmbed are known to lie "
@@ -139,6 +152,19 @@ def _timm(model: Any) -> ViT:
         turn=_timm_turn,
         fused=False,
     )
+
+
+def _timm_values(block: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """``Block.value`` and ``Block.values``. EvaAttention with biases calls no module for its values: they are computed
+    from the attention's input, if asked for."""
+    attention = block.attn
+    split = partial(_heads, attention)
+    if attention.qkv is None:
+        return attention.v_proj, split
+    if getattr(attention, "v_bias", None) is None:
+        return attention.qkv, lambda x: split(x.chunk(3, -1)[2])
+    width = len(attention.v_bias)
+    return block.norm1, lambda x: split(linear(x, attention.qkv.weight[-width:], attention.v_bias))
 
 
 def _timm_turn(attention: Any, x: Tensor, angles: Tensor) -> Tensor:
@@ -219,7 +245,8 @@ def _transformers(tower: Any) -> ViT:
     for layer in tower.get_submodule(names.layers):
         attention = getattr(layer, names.attention)
         norm, branch = getattr(layer, names.norm), getattr(layer, names.branch)
-        blocks.append(Block(layer, attention, attention.q_proj, attention.k_proj, norm, branch, layer.mlp))
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        blocks.append(Block(layer, attention, q, k, v, partial(_heads, attention), norm, branch, layer.mlp))
     size = tower.config.patch_size
     prefix = names.prefix(tower.config)
     implementation = tower.config._attn_implementation
@@ -234,10 +261,14 @@ def _transformers(tower: Any) -> ViT:
         class_token=prefix > 0,
         mask="attention_mask",
         rotary=names.rotary,
-        heads=lambda attention, x: x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2),
+        heads=_heads,
         turn=_transformers_turn,
         fused=implementation not in ("sdpa", "eager", None),
     )
+
+
+def _heads(attention: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def _transformers_turn(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

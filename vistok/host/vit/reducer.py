@@ -4,19 +4,24 @@
 
 ``budget`` is ``ViTReducer.stages`` and ``count``, known before the first picture comes; ``score`` is read from
 ``Evidence``; ``combine`` is ``reduce``, a pure function from a TokenState to a smaller one; ``restore`` is the state's.
+
+A method may also add tokens, or look at what passes: ``TokenStep``, a pure function from TokenState to TokenState
+before or after blocks. A method made of several parts, such as one around another, names them as its ``steps``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vistok.core.attention import attention_marginals, attention_rows
 from vistok.host.keep import Keep, check_keep
+from vistok.host.keep import count as tokens_of
 from vistok.host.vit.state import TokenState
 
 
@@ -30,6 +35,14 @@ class Stage:
     """How many blocks there are."""
     patches: int
     """N, the patches that went in."""
+
+    def by_equal_steps(self, keep: Keep, tokens: int) -> int:
+        """How many of ``tokens`` slots stay if every block takes as many, for ``keep`` (of N) to be left by the last.
+
+        No block takes more than half.
+        """
+        fewer = (self.patches - tokens_of(keep, self.patches)) * (self.layer + 1) // self.depth
+        return max(min(tokens, self.patches - fewer), tokens - tokens // 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +61,26 @@ class ViTEvidence:
     stage: Stage
     bias: Tensor | None = None
     """(B, 1, 1, T) added to the products, where slots attend in proportion to their size."""
+    read_values: Callable[[], Tensor] | None = None
+    """What leaves ``values``."""
+
+    def withheld(self, held: int) -> ViTEvidence:
+        """The evidence to go with ``TokenState.withheld``: the last ``held`` tokens are at the end of the prefix."""
+        if not held:
+            return self
+
+        def turned(rows: Tensor, dim: int) -> Tensor:
+            first, free, last = rows.split([self.prefix, rows.shape[dim] - self.prefix - held, held], dim)
+            return torch.cat([first, last, free], dim)
+
+        return replace(
+            self,
+            q=turned(self.q, 2),
+            k=turned(self.k, 2),
+            prefix=self.prefix + held,
+            bias=None if self.bias is None else turned(self.bias, 3),
+            read_values=lambda: turned(self.values, 2),
+        )
 
     @property
     def class_row(self) -> Tensor:
@@ -73,9 +106,69 @@ class ViTEvidence:
         return attention_rows(self.q, self.k, self.scale, self.bias)
 
     @property
+    def values(self) -> Tensor:
+        """(B, Hk, T, d): the attention's values."""
+        if self.read_values is None:
+            raise RuntimeError("values: this evidence was made without them; give read_values=lambda: values")
+        return self.read_values()
+
+    @property
     def keys(self) -> Tensor:
         """(B, T, d): keys of all tokens, prefix too, mean over the heads."""
         return self.k.mean(1)
+
+
+class TokenStep:
+    """Base of what needs no evidence: ``act`` before or after each block of ``stages``. It may add tokens
+    (``TokenState.add``), put values aside for a later block, or change values; it removes none."""
+
+    place: ClassVar[Literal["before", "after"]] = "after"
+
+    @property
+    def held(self) -> bool:
+        """Whether what it adds is withheld from reducers."""
+        return False
+
+    def stages(self, depth: int) -> Sequence[int]:
+        """The blocks (0..depth-1) at which it acts."""
+        raise TypeError(f"{type(self).__name__} must define stages()")
+
+    def adds(self, stage: Stage) -> int:
+        """How many tokens it adds there."""
+        return 0
+
+    def act(self, state: TokenState, stage: Stage) -> TokenState:
+        """``state`` with ``adds`` more slots. Rows of the batch do not see one another."""
+        raise TypeError(f"{type(self).__name__} must define act()")
+
+
+@dataclass(frozen=True, eq=False)
+class AddTokens(TokenStep):
+    """The same tokens for every picture, from block ``layer`` on."""
+
+    place = "before"
+
+    tokens: Tensor
+    """(1, M, C), or one row a picture (B, M, C)."""
+    layer: int = 0
+    hold: bool = True
+    """Whether they are withheld from reducers, so that they are there to the end; they are ranked as patches are
+    otherwise."""
+
+    @property
+    def held(self) -> bool:
+        return self.hold
+
+    def stages(self, depth: int) -> Sequence[int]:
+        if self.layer not in range(depth):
+            raise ValueError(f"layer: got {self.layer}, but the model has the blocks 0..{depth - 1}")
+        return (self.layer,)
+
+    def adds(self, stage: Stage) -> int:
+        return self.tokens.shape[1]
+
+    def act(self, state: TokenState, stage: Stage) -> TokenState:
+        return state.add(self.tokens.expand(len(state.x), -1, -1), self.hold)
 
 
 class ViTReducer:
@@ -108,36 +201,59 @@ class ViTReducer:
         """``state`` with ``count`` (+ ``extra``) slots, 0 < count < K. Rows of the batch do not see one another."""
         raise TypeError(f"{type(self).__name__} must define reduce()")
 
+    @property
+    def steps(self) -> Sequence[ViTReducer | TokenStep]:
+        """What acts: the method itself, unless it is made of others (then ``stages``, ``count`` and ``reduce`` are
+        theirs). At one place of a block steps act in this order."""
+        return (self,)
+
     def plan(self, patches: int, depth: int) -> list[int]:
         """Slots that leave each of ``depth`` blocks when ``patches`` go in, prefix tokens not counted."""
-        now, out, stages = patches, [], set(self.stages(depth))
+        free, held, out = patches, 0, []
         for layer in range(depth):
-            if layer in stages and (count := self.count(now, Stage(layer, depth, patches))) != now:
-                now = count + self.extra
-            out.append(now)
+            stage = Stage(layer, depth, patches)
+            steps = [step for step in self.steps if layer in step.stages(depth)]
+            for step in sorted(steps, key=lambda step: _ORDER[step.place, isinstance(step, TokenStep)]):
+                if isinstance(step, ViTReducer):
+                    count = step.count(free, stage)
+                    free = free if count == free else count + step.extra
+                elif step.held:
+                    held += step.adds(stage)
+                else:
+                    free += step.adds(stage)
+            out.append(free + held)
         return out
+
+
+_ORDER = {("before", True): 0, ("mid", False): 1, ("after", False): 1, ("after", True): 2}
+"""In a block, by place and whether it is a TokenStep."""
 
 
 class KeepRate(ViTReducer):
     """Base of methods that keep the same share of the slots at each of a few blocks: fields ``keep`` and ``layers``.
 
-    A share in (0, 1] leaves ceil(keep * K) of K slots (EViT's rounding); a count >= 1 leaves so many.
+    A share in (0, 1] leaves ceil(keep * K) of K slots (EViT's rounding); a count >= 1 leaves so many. Without
+    ``layers`` the blocks are those after a quarter, a half and three quarters of the depth: 3, 6, 9 of 12, as in EViT
+    and DynamicViT.
     """
 
     keep: Keep
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))
+        if self.layers is None:
+            return
         layers = tuple(self.layers)
         if not all(isinstance(layer, int) and layer >= 0 for layer in layers) or len({*layers}) < len(layers):
             raise ValueError(f"layers: got {self.layers}, must be different block numbers from 0")
         object.__setattr__(self, "layers", layers)
 
     def stages(self, depth: int) -> Sequence[int]:
-        if any(layer >= depth for layer in self.layers):
-            raise ValueError(f"layers: got {max(self.layers)}, but the model has the blocks 0..{depth - 1}")
-        return sorted(self.layers)
+        layers = {depth * quarter // 4 for quarter in (1, 2, 3)} if self.layers is None else self.layers
+        if any(layer >= depth for layer in layers):
+            raise ValueError(f"layers: got {max(layers)}, but the model has the blocks 0..{depth - 1}")
+        return sorted(layers)
 
     def count(self, tokens: int, stage: Stage) -> int:
         if isinstance(self.keep, int):

@@ -49,6 +49,10 @@ class ViTSession(Session):
         return [state.num_slots for state in self.states[1:]]
 
     @property
+    def encoder_tokens(self) -> list[int]:
+        return self.tokens
+
+    @property
     def milliseconds(self) -> dict[str, float]:
         return self._log.milliseconds
 
@@ -66,7 +70,8 @@ class ViTSession(Session):
 
 
 def for_vit(model: nn.Module, methods: Sequence[Any]) -> bool:
-    """Whether ``apply`` should look at ``model`` as a vision transformer: it is one, or a method is for one."""
+    """Whether ``apply`` should look at ``model`` as a vision transformer: it is one; or a method is for one, and it is
+    no model that generates."""
     from vistok import catalogue
 
     def of_family(method: Any) -> bool:
@@ -77,7 +82,9 @@ def for_vit(model: nn.Module, methods: Sequence[Any]) -> bool:
         except catalogue.UnknownSystem:
             return False
 
-    return is_vit(unwrapped(model)) or any(of_family(method) for method in methods)
+    if is_vit(unwrapped(model)):
+        return True
+    return not hasattr(model, "generate") and any(of_family(method) for method in methods)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -120,11 +127,12 @@ def apply_vit(
             f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the ViTReducer"
         )
     keeps = [keep] * len(methods) if not isinstance(keep, Sequence) else list(keep)
-    reducers = [_reducer(method, share, hyper) for method, share in zip(methods, keeps, strict=True)]
+    reducers = [vit_reducer(method, share, hyper) for method, share in zip(methods, keeps, strict=True)]
     return ViTSession(unwrapped(model), reducers, restore)
 
 
-def _reducer(method: Any, keep: Keep | None, hyper: dict[str, Any]) -> ViTReducer:
+def vit_reducer(method: Any, keep: Keep | None, hyper: dict[str, Any]) -> ViTReducer:
+    """The method as an object: made from its name, ``keep`` and ``hyper``, or as it was given. ValueError otherwise."""
     if isinstance(method, str):
         from vistok import catalogue
 
@@ -133,9 +141,14 @@ def _reducer(method: Any, keep: Keep | None, hyper: dict[str, Any]) -> ViTReduce
         raise ValueError(f"keep: got {keep!r}, but {method!r} was made with its own; give the method by name")
     else:
         made = method
+    if not isinstance(made, ViTReducer) and hasattr(made, "build"):
+        raise ValueError(
+            f"method: got {method!r}, which has parameters to be trained: vistok.create({method!r}).build(...) makes a "
+            f"model with it; see vistok show {method}"
+        )
     if not isinstance(made, ViTReducer):
         raise ValueError(
             f"method: got {method!r}, must be the name of a system of the vit family, a ViTReducer or a list of them: "
-            "the model is a vision transformer"
+            "it acts in a vision transformer"
         )
     return made

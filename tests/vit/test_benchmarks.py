@@ -1,0 +1,67 @@
+"""What the benchmarks of the family build on: the peer is the method it stands for, and counts are equal."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from benchmarks.vit import PublishedToMe
+from benchmarks.vit_methods import CONTROLS, LEVELS, METHODS, Uniform, made
+from benchmarks.vit_trained import page
+from vistok.host.vit import Stage, TokenState, ViTEvidence
+from vistok.vit.tome import ToMe
+
+DEPTH, N, WIDTH, R = 12, 36, 16, 7
+
+
+def case(prefix=1):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, prefix + N, WIDTH, generator=rng)
+    q, k = torch.randn(2, 3, 2, prefix + N, 8, generator=rng)
+    evidence = ViTEvidence(q, k, 8**-0.5, prefix, True, Stage(0, DEPTH, N))
+    return TokenState.start(x, prefix, (6, 6)), evidence
+
+
+def test_the_published_matching_gives_the_same_tokens_in_another_order():
+    state, evidence = case()
+    for _ in range(2):  # the second time on sizes above one
+        ours = ToMe(r=R).reduce(state, evidence, state.num_slots - R)
+        theirs = PublishedToMe(r=R).reduce(state, evidence, state.num_slots - R)
+        order = theirs.anchor.argsort(1)
+        assert torch.equal(theirs.anchor.gather(1, order), ours.anchor)
+        assert torch.equal(theirs.size.gather(1, order), ours.size)
+        torch.testing.assert_close(theirs.unmerge(), ours.unmerge())
+        state = ours
+        left = 1 + state.num_slots
+        evidence = ViTEvidence(evidence.q[:, :, :left], evidence.k[:, :, :left], 1.0, 1, True, evidence.stage)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [*METHODS, *CONTROLS])
+def test_methods_are_held_against_each_other_at_equal_tokens(name, level):
+    wanted = statistics.mean(made("topk", level, 144, DEPTH).plan(144, DEPTH))
+    found = statistics.mean(made(name, level, 144, DEPTH).plan(144, DEPTH))
+    assert abs(found - wanted) < 2
+
+
+def test_uniform_patches_lie_evenly():
+    state, evidence = case()
+    kept = Uniform().reduce(state, evidence, 9).anchor[0]
+    assert {(int(p) // 6 // 2, int(p) % 6 // 2) for p in kept} == {(i, j) for i in range(3) for j in range(3)}
+    again = Uniform().reduce(Uniform().reduce(state, evidence, 9), evidence, 3).anchor[0]
+    assert [kept.tolist().index(p) for p in again.tolist()] == [1, 4, 7]
+
+
+def test_the_page_of_studies_has_a_row_for_each_result():
+    study = {
+        "title": "A against B",
+        "about": "Both.",
+        "rows": [{"method": "a", "share": 0.5, "fused": True}, {"method": "b", "share": 0.25, "fused": False}],
+        "seconds": 3,
+        "machine": "one",
+    }
+    lines = page({"ab": study}, 10).splitlines()
+    assert "| method | share | fused |" in lines
+    assert "| a | 0.500 | yes |" in lines and "| b | 0.250 | no |" in lines
