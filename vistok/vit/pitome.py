@@ -22,11 +22,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import elu
 
 from vistok.catalogue.card import Card, Outcome, ViTTrial
 from vistok.core.merge import bipartite_soft_matching
-from vistok.core.stages import raster_slots
-from vistok.core.tensors import gram, ranking, take, unit
+from vistok.core.tensors import flat_rows, gram, ranking, take, unit
 from vistok.host.keep import Keep, check_keep
 from vistok.host.vit import Stage, TokenState, ViTEvidence, ViTReducer
 
@@ -94,11 +94,13 @@ class PiToMe(ViTReducer):
         split = state.num_slots if split_all else 2 * fewer
         free, safe = by_energy[:, :split], by_energy[:, split:]
         merged = bipartite_soft_matching(take(slots, free), fewer, metric=take(keys, free), size=take(state.size, free))
-        left = merged.anchor.shape[1]
-        into = merged.source.new_empty(state.anchor.shape).scatter(1, free, merged.source)
-        into = into.scatter(1, safe, torch.arange(left, count, device=safe.device).expand_as(safe))
-        values = torch.cat([merged.tokens, take(slots, safe)], 1)
-        anchor, values, into = raster_slots(torch.cat([take(free, merged.anchor), safe], 1), values, into)
+        groups = merged.anchor.shape[1]
+        anchor, turn = torch.cat([take(free, merged.anchor), safe], 1).sort(1)
+        slot = torch.empty_like(turn).scatter(1, turn, torch.arange(count, device=turn.device).expand_as(turn))
+        into = merged.source.new_empty(state.anchor.shape).scatter(1, free, take(slot, merged.source))
+        into = into.scatter(1, safe, slot[:, groups:])
+        values, rows = take(slots, anchor), flat_rows(slot[:, :groups], count).flatten()
+        values.flatten(0, 1).index_copy_(0, rows, merged.tokens.flatten(0, 1))
         return state.regroup(values, into, anchor)
 
 
@@ -107,9 +109,9 @@ def energy(keys: Tensor, margin: float, alpha: float = 1.0, parity: Literal["pap
 
     f(s) is s from ``margin`` m upwards, or s - m (parity "authors"), and alpha (exp(s - m) - 1) below it.
     """
-    alike = gram(unit(keys))
-    below = alpha * torch.expm1(alike - margin)
-    return torch.where(alike >= margin, alike if parity == "paper" else alike - margin, below).mean(2)
+    over = gram(unit(keys.detach())).sub_(margin)  # in place: the pairs are what costs
+    above = margin * (over >= 0).sum(2) if parity == "paper" else 0
+    return (elu(over, alpha, inplace=True).sum(2) + above) / over.shape[2]
 
 
 def claim(trial: ViTTrial) -> Outcome:
