@@ -88,7 +88,7 @@ def rows_of(trial: ViTTrial, names: Sequence[str], levels: Iterable[float]) -> I
                 "keep": level,
                 "tokens": round(statistics.mean(plan), 1),
                 "left": plan[-1],
-                "accuracy": trial.accuracy(method),
+                "accuracy": score.accuracy,
                 "precision": score.precision,
                 "recall": score.recall,
                 "chance": score.chance,

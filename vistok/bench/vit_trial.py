@@ -36,6 +36,8 @@ class MaskScore:
     """Share of the object's patches that are kept."""
     chance: float
     """Share of all patches that are of the object: the precision of a random choice."""
+    accuracy: float
+    """Share of the pictures whose object is named right."""
 
 
 @dataclass
@@ -106,19 +108,21 @@ class ViTTrial:
 
         A merged token counts once, at its anchor's place.
         """
-        net, sums, seen = self.classifier if model is None else model, torch.zeros(3), 0
+        net, sums, seen, right = self.classifier if model is None else model, torch.zeros(3), 0, 0
         with torch.no_grad():
             for batch in Objects().pieces(self.pictures, seed=TEST_SEED, size=self.size):
                 session: Any
                 with apply(net, method, keep=keep, **hyper) as session:
-                    net(to_pixels(batch.images, net))
+                    found = net(to_pixels(batch.images, net)).argmax(1).cpu()
                     kept = [picture.keep for picture in session.pictures]
                     rows, columns = session.states[0].grid
                 inside = nn.functional.adaptive_avg_pool2d(batch.truth[:, None].float(), (rows, columns)) >= IN_OBJECT
                 for of_object, places in zip(inside.flatten(1), kept, strict=True):
                     sums += mask_share(of_object, places)
                 seen += len(kept)
-        return MaskScore(*(sums / seen).tolist())
+                right += int((found == batch.label).sum())
+        precision, recall, chance = (sums / seen).tolist()
+        return MaskScore(precision, recall, chance, right / seen)
 
     def milliseconds(
         self,

@@ -1,6 +1,6 @@
 """What systems there are, and how to get one. Reads cards from source text: importing this imports no torch."""
 
-from vistok.catalogue.card import Card, Claim, Outcome, Trial
+from vistok.catalogue.card import Card, Claim, Outcome, Trial, ViTTrial
 from vistok.catalogue.registry import (
     FAMILIES,
     Registry,
@@ -28,6 +28,7 @@ __all__ = [
     "Registry",
     "Trial",
     "UnknownSystem",
+    "ViTTrial",
     "card",
     "claim_of",
     "create",
