@@ -159,7 +159,8 @@ def page(rows: Sequence[dict[str, Any]], pictures: int) -> str:
     lines = [
         "# Vision transformers off the shelf",
         "",
-        f"`python -m benchmarks.vit_methods` makes this page: `vistok-vit` as it is, {pictures} held-out pictures (two "
+        f"`python -m benchmarks.vit_methods --pictures {pictures} --keep {' '.join(f'{level:g}' for level in levels)}` "
+        f"makes this page: `vistok-vit` as it is, {pictures} held-out pictures (two "
         f"standard errors of an accuracy of one half: {100 / pictures**0.5:.1f} points). All patches: "
         f"{dense['accuracy']:.1%}. In a column every method has the same mean number of tokens over the twelve blocks.",
         "",
