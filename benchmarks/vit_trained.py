@@ -76,6 +76,9 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
+        exact = repr(value)  # a setting such as 0.9999 is told as it is
+        if len(exact) <= 6:
+            return exact
         return f"{value:.3g}" if abs(value) > 1 or "flop" in key else f"{value:.3f}"
     return "" if value is None else str(value)
 

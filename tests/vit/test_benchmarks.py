@@ -58,10 +58,10 @@ def test_the_page_of_studies_has_a_row_for_each_result():
     study = {
         "title": "A against B",
         "about": "Both.",
-        "rows": [{"method": "a", "share": 0.5, "fused": True}, {"method": "b", "share": 0.25, "fused": False}],
+        "rows": [{"method": "a", "share": 0.9999, "fused": True}, {"method": "b", "share": 1 / 3, "fused": False}],
         "seconds": 3,
         "machine": "one",
     }
     lines = page({"ab": study}, 10).splitlines()
     assert "| method | share | fused |" in lines
-    assert "| a | 0.500 | yes |" in lines and "| b | 0.250 | no |" in lines
+    assert "| a | 0.9999 | yes |" in lines and "| b | 0.333 | no |" in lines
