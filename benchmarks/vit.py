@@ -153,7 +153,7 @@ def cell(
         session = told[name]
         stages = sum(count != before for before, count in itertools.pairwise([tokens, *session.tokens]))
         speedup = ratio(times["plain"], times[name])
-        whole = session.flops + session._log.saved
+        whole = session.plain_flops
         spent = sorted(select[name][-repeats:])[repeats // 2] / max(stages, 1)
         yield {
             "batch": batch,

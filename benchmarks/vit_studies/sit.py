@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vistok.bench.vit_trial import ViTTrial
-from vistok.vit.sit import SiT, _labels, _lesson
+from vistok.vit.sit import SiT, labels_alone, lesson
 
 TITLE = "SiT: feature distillation against plain cross-entropy, at equal tokens"
 
@@ -20,7 +20,7 @@ def study(trial: ViTTrial, quick: bool = False) -> Iterator[dict[str, Any]]:
     taught neither student anything."""
     steps, batch, seeds = (2, 4, 1) if quick else (250, 32, 2)
     system, teacher = SiT(stage_blocks=(3, 3, 3)), trial.classifier
-    for name, loss in (("labels alone", _labels), ("distilled", _lesson(system.loss(), teacher))):
+    for name, loss in (("labels alone", labels_alone), ("distilled", lesson(system.loss(), teacher))):
         found = []
         for seed in range(seeds):
             torch.manual_seed(seed)

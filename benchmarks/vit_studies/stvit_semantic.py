@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vistok.bench.vit_trial import ViTTrial
-from vistok.vit.stvit_semantic import SemanticTokenViT, _operations
+from vistok.vit.stvit_semantic import SemanticTokenViT, operations
 
 TITLE = "STViT with semantic tokens against a shorter plain ViT, at equal operations"
 
@@ -22,8 +22,8 @@ def study(trial: ViTTrial, quick: bool = False) -> Iterator[dict[str, Any]]:
     size, window = vit.patch_embed.img_size[0], vit.patch_embed.grid_size[0] // 2
     system = SemanticTokenViT(window=window, shortcut=True, layer_scale=0.1)  # as the system's claim, and why there
     semantic = system.build(vit)
-    whole, wanted = _operations(vit, size), _operations(semantic, size)
-    blocks = next(n for n in range(1, len(vit.blocks) + 1) if _operations(first(vit, n), size) >= wanted)
+    whole, wanted = operations(vit, size), operations(semantic, size)
+    blocks = next(n for n in range(1, len(vit.blocks) + 1) if operations(first(vit, n), size) >= wanted)
     for name in ("semantic tokens", f"the first {blocks} of {len(vit.blocks)} blocks"):
         found = []
         for seed in range(seeds):
@@ -33,7 +33,7 @@ def study(trial: ViTTrial, quick: bool = False) -> Iterator[dict[str, Any]]:
             found.append(trial.accuracy(model=model))
         yield {
             "network": name,
-            "operations": _operations(model, size) / whole,
+            "operations": operations(model, size) / whole,
             "steps": steps,
             "seeds": seeds,
             "accuracy": mean(found),

@@ -114,6 +114,11 @@ def test_operations_are_those_that_torch_counts(kind):
             KINDS[kind].dense(model, pixels(3))
         own = 2 * (3 * 2 * 64 * 10 * 32) if isinstance(method, After) else 0
         assert session.flops == counter.get_total_flops() - own
+    with torch.no_grad(), vistok.apply(model, RandomDrop(keep=0.5, layers=(1,))) as less:
+        KINDS[kind].dense(model, pixels(3))
+    with torch.no_grad(), vistok.apply(model, RandomDrop(keep=1.0, layers=(1,))) as whole:
+        KINDS[kind].dense(model, pixels(3))
+    assert less.plain_flops == whole.flops > less.flops
 
 
 # Methods that the first systems are not -------------------------------------------------------------------------------

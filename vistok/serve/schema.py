@@ -139,7 +139,7 @@ class VistokOptions(_Read):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; equal for requests that may share a batch. A ``temperature`` of 0 takes the likeliest."""
+    """How tokens are drawn, row by row: a batch may hold different ones. A ``temperature`` of 0 takes the likeliest."""
 
     temperature: float
     top_p: float

@@ -233,7 +233,7 @@ def claim(trial: ViTTrial, steps: int = 120) -> Outcome:
     for distil in (False, True):
         torch.manual_seed(trial.seed)
         student = system.build(teacher)
-        trial.fit(student, steps, loss=_lesson(system.loss(), teacher) if distil else _labels, peak_lr=1e-3)
+        trial.fit(student, steps, loss=lesson(system.loss(), teacher) if distil else labels_alone, peak_lr=1e-3)
         found.append(trial.accuracy(model=student))
     labels, distilled = found
     note = (
@@ -242,16 +242,18 @@ def claim(trial: ViTTrial, steps: int = 120) -> Outcome:
     return Outcome("accuracy, distilled against labels alone", labels, distilled, distilled > labels, note)
 
 
-def _labels(student: SlimViT, batch: Any) -> tuple[Tensor, Tensor]:
+def labels_alone(student: SlimViT, batch: Any) -> tuple[Tensor, Tensor]:
+    """A training step by cross-entropy: loss and share that is right. ``batch``: ``pixels`` and ``label``."""
     logits = student(batch.pixels).float()
     return cross_entropy(logits, batch.label), (logits.argmax(1) == batch.label).float().mean()
 
 
-def _lesson(loss: FRDLoss, teacher: VisionTransformer) -> Any:
-    def lesson(student: SlimViT, batch: Any) -> tuple[Tensor, Tensor]:
-        pixels = batch.pixels
-        logits, tokens = student.learn(pixels)
-        parts = loss(logits.float(), batch.label, tokens, *teach(teacher, pixels))
+def lesson(loss: FRDLoss, teacher: VisionTransformer) -> Any:
+    """The same by ``loss`` under ``teacher``: (student, batch) -> (loss, share that is right)."""
+
+    def step(student: SlimViT, batch: Any) -> tuple[Tensor, Tensor]:
+        logits, tokens = student.learn(batch.pixels)
+        parts = loss(logits.float(), batch.label, tokens, *teach(teacher, batch.pixels))
         return parts.total, (logits.argmax(1) == batch.label).float().mean()
 
-    return lesson
+    return step

@@ -266,12 +266,13 @@ def claim(trial: ViTTrial, steps: int = 250) -> Outcome:
     trial.fit(model, steps, peak_lr=5e-4)
     whole, ours = trial.accuracy(), trial.accuracy(model=model)
     size = vit.patch_embed.img_size[0]
-    less = 1 - _operations(model, size) / _operations(vit, size)
+    less = 1 - operations(model, size) / operations(vit, size)
     note = f"{model.tokens.num_tokens} of {side * side} tokens, {less:.0%} fewer operations, {steps} steps"
     return Outcome("accuracy with 16 semantic tokens", whole, ours, ours >= whole - 0.01 and less >= 0.5, note)
 
 
-def _operations(model: nn.Module, size: int) -> int:
+def operations(model: nn.Module, size: int) -> int:
+    """Floating-point operations for one square picture of ``size`` pixels a side, as torch counts them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, size, size))
     return counter.get_total_flops()

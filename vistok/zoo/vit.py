@@ -90,6 +90,13 @@ def load_vit(name: str | Path = "vistok-vit", *, dtype: str = "auto", device: st
     return model.to(place, getattr(torch, wanted)).eval()
 
 
+def begun_as_classifier(classes: int) -> VisionTransformer:
+    """The shipped vistok-vit with an untrained head of ``classes`` outputs, 0 for none, to be trained on."""
+    model = load_vit("vistok-vit", device="cpu")
+    model.reset_classifier(classes)
+    return model
+
+
 def holds_vit(folder: str | Path) -> bool:
     """Whether the folder holds a model in timm's format."""
     config = Path(folder) / "config.json"

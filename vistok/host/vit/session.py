@@ -49,6 +49,12 @@ class ViTSession(Session):
         return [state.num_slots for state in self.states[1:]]
 
     @property
+    def plain_flops(self) -> int:
+        """What ``flops`` would be if all patches had stayed and none had been added."""
+        saved: int = self._log.saved
+        return self.flops + saved
+
+    @property
     def encoder_tokens(self) -> list[int]:
         return self.tokens
 
