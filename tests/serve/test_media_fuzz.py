@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import json
-import ssl
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpcore
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.serve.hostile import MOST_KIB, Guarded
 from tests.serve.outside import answer, file, picture, redirect
 from tests.serve.test_media import BAD_URLS, FORBIDDEN, PUBLIC_ADDRESSES, bmp, gif, png, vp8x
-from vistok.serve.body import read_json
-from vistok.serve.errors import MediaError, RequestError
-from vistok.serve.limits import Limits
-from vistok.serve.media import MediaPolicy, decode, load
-from vistok.serve.schema import ChatRequest, read_request
+from vistok.serve.schema import ChatRequest
 
-LIMITS = Limits(picture_bytes=50_000, picture_pixels=10_000, picture_side=1_000)
-MEMORY_KIB = 96 * 1024
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@pytest.fixture(autouse=True)
-def memory() -> Iterator[None]:
-    """Fails where the process ever held more than ``MEMORY_KIB`` above what it held before the cases."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = peak()
-    except OSError:
-        before = None
-    yield
-    if before is not None:
-        assert peak() - before < MEMORY_KIB
-
-
-def peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def inside(address: str) -> bool:
-    """Whether an address is, or carries, one that is not public: judged by ``ipaddress``, not by our own lists."""
-    parsed = ipaddress.ip_address(address)
-    forms: list[ipaddress.IPv4Address | ipaddress.IPv6Address | None] = [parsed]
-    if isinstance(parsed, ipaddress.IPv6Address):
-        forms += [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
-        if parsed in ipaddress.ip_network("64:ff9b::/96"):
-            forms = [ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)]
-    return any(
-        form is not None
-        and (
-            form.is_private
-            or form.is_loopback
-            or form.is_link_local
-            or form.is_multicast
-            or form.is_reserved
-            or form.is_unspecified
-            or str(form) in ("168.63.129.16", "100.100.100.200")
-        )
-        for form in forms
-    )
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Guarded]:
+    with Guarded(tmp_path) as process:
+        yield process
 
 
 V4 = st.ip_addresses(v=4).map(str)
@@ -124,58 +81,21 @@ ANSWERS = st.one_of(
 )
 
 
-class Hostile:
-    """Every name has the drawn addresses, a new set each time; every address gives the drawn answers."""
+def test_urls_and_answers(guarded: Guarded) -> None:
+    read: list[bool] = []
 
-    def __init__(self, names: list[list[str]], answers: list[bytes]) -> None:
-        self.names = names
-        self.answers = answers
-        self.context = CONTEXT
+    @settings(max_examples=3_000, **QUIET)
+    @given(
+        URLS,
+        st.lists(st.one_of(PUBLIC, PUBLIC, st.lists(ADDRESSES, max_size=2)), min_size=1, max_size=3),
+        st.lists(ANSWERS, min_size=1, max_size=5),
+    )
+    def case(url: str, names: list[list[str]], answers: list[bytes]) -> None:
+        read.append(guarded("load", url, names, answers))
 
-    async def resolve(self, host: str, port: int) -> Sequence[str]:
-        self.names.append(self.names.pop(0))
-        return self.names[-1]
-
-    async def connect(self, address: str, port: int, timeout: float | None) -> httpcore.AsyncNetworkStream:
-        assert not inside(address), address
-        assert port in (80, 443)
-        self.answers.append(self.answers.pop(0))
-        return httpcore.AsyncMockStream([self.answers[-1], b""])
-
-    def ssl_context(self) -> ssl.SSLContext:
-        return self.context
-
-
-CONTEXT = ssl.create_default_context()
-
-
-def test_urls_and_answers(tmp_path: Path) -> None:
-    policy = MediaPolicy(limits=LIMITS, allow_http=True, hosts=("*",), roots=(tmp_path,), fetch_seconds=5)
-    read = refused = 0
-    with asyncio.Runner() as runner:
-
-        @settings(max_examples=3_000, **QUIET)
-        @given(
-            URLS,
-            st.lists(st.one_of(PUBLIC, PUBLIC, st.lists(ADDRESSES, max_size=2)), min_size=1, max_size=3),
-            st.lists(ANSWERS, min_size=1, max_size=5),
-        )
-        def case(url: str, names: list[list[str]], answers: list[bytes]) -> None:
-            nonlocal read, refused
-            try:
-                check(runner.run(load(url, policy, Hostile(names, answers))))
-                read += 1
-            except MediaError as error:
-                assert str(tmp_path) not in error.message and "0x" not in error.message
-                refused += 1
-
-        case()
-    assert read > 20 and refused > 1_000  # the cases do reach the end, and do not only do that
-
-
-def check(made: Image.Image) -> None:
-    assert made.mode == "RGB" and made.info == {}
-    assert 0 < made.width * made.height <= LIMITS.picture_pixels and max(made.size) <= LIMITS.picture_side
+    case()
+    # The cases do reach the end, and do not only do that.
+    assert read.count(True) > 20 and read.count(False) > 1_000
 
 
 ANIMATION = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
@@ -234,44 +154,32 @@ def spoiled_pictures(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-def test_pictures() -> None:
-    read = refused = 0
+def test_pictures(guarded: Guarded) -> None:
+    read: list[bool] = []
 
     @settings(max_examples=6_000, **QUIET)
     @given(spoiled_pictures())
     def case(data: bytes) -> None:
-        nonlocal read, refused
-        try:
-            check(decode(data, LIMITS))
-            read += 1
-        except MediaError as error:
-            assert "0x" not in error.message
-            refused += 1
+        read.append(guarded("decode", data))
 
     case()
-    assert read > 100 and refused > 1_000
+    assert read.count(True) > 100 and read.count(False) > 1_000
 
 
-def test_data_urls() -> None:
+def test_data_urls(guarded: Guarded) -> None:
     head = st.sampled_from(
         ["data:image/png;base64,", "data:image/gif;a=b;base64,", "data:image/png,", "DATA:image/bmp;base64,"]
     )
     tail = st.one_of(spoiled_pictures().map(lambda data: b64encode(data).decode()), st.text(max_size=40))
-    read = 0
-    with asyncio.Runner() as runner:
+    read: list[bool] = []
 
-        @settings(max_examples=1_000, **QUIET)
-        @given(st.builds(str.__add__, head, tail))
-        def case(url: str) -> None:
-            nonlocal read
-            try:
-                check(runner.run(load(url, MediaPolicy(limits=LIMITS))))
-                read += 1
-            except MediaError as error:
-                assert "0x" not in error.message
+    @settings(max_examples=1_000, **QUIET)
+    @given(st.builds(str.__add__, head, tail))
+    def case(url: str) -> None:
+        read.append(guarded("load_data", url))
 
-        case()
-    assert read > 10
+    case()
+    assert read.count(True) > 10
 
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -289,9 +197,9 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 FIELDS = st.sampled_from([*ChatRequest.model_fields, "tools", "n", "logprobs", "response_format", "chat_template"])
 
 
-def test_requests() -> None:
+def test_requests(guarded: Guarded) -> None:
     fine = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}
-    read = 0
+    read: list[bool] = []
 
     @settings(max_examples=2_000, **QUIET)
     @given(
@@ -299,17 +207,27 @@ def test_requests() -> None:
         st.one_of(st.none(), st.tuples(st.integers(0, 200), st.binary(max_size=3))),
     )
     def case(more: dict[str, Any], noise: tuple[int, bytes] | None) -> None:
-        nonlocal read
         raw = json.dumps(fine | more).encode()
         if noise:
             raw = raw[: noise[0]] + noise[1] + raw[noise[0] :]
-        try:
-            request = read_request(read_json(raw, LIMITS), LIMITS)
-            json.dumps(request.model_dump(), allow_nan=False).encode()
-            read += 1
-        except RequestError as error:
-            assert 400 <= error.status < 500 and len(error.message) < 400
-            json.dumps(error.body(), ensure_ascii=False).encode()
+        read.append(guarded("request", raw))
 
     case()
-    assert read > 20
+    assert read.count(True) > 20
+
+
+@pytest.mark.parametrize(
+    ("case", "given"),
+    [
+        ("decode_without_limits", file("PNG", Image.new("RGB", (4_000, 4_000)))),  # 48 MB from a file of 47 kB
+        ("hold", MOST_KIB + 256),
+    ],
+)
+def test_the_measure_sees_what_was_decoded(guarded: Guarded, case: str, given: Any) -> None:
+    held, _ = guarded.held_kib("request", b"{}")
+    if held is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert held < MOST_KIB / 4
+    with pytest.raises(AssertionError, match="held"):
+        guarded(case, given)
+    guarded("request", b"{}")  # and it is seen where it is held, not after it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -302,8 +302,9 @@ def test_a_cache_can_be_put_around_a_batch(runner: Runner, asked: list[tuple[Ima
     plain = len(tower._forward_pre_hooks)
 
     @contextmanager
-    def around(asks: Sequence[Ask]) -> Iterator[None]:
+    def around(asks: Sequence[Ask], inputs: Mapping[str, Any]) -> Iterator[None]:
         seen.append([shown.digest for ask in asks for shown in ask.pictures])
+        assert len(inputs["input_ids"]) == len(asks)
         assert len(tower._forward_pre_hooks) > plain
         yield
         seen.append("left")

@@ -142,6 +142,12 @@ class Session:
         }
 
 
+def engine_in(model: nn.Module) -> Engine | None:
+    """The hooks of the session whose method is in ``model`` now."""
+    session = _ACTIVE.get(model)
+    return None if session is None else session._engine
+
+
 def apply(
     model: nn.Module,
     method: Method | Sequence[Method],

@@ -1,4 +1,4 @@
-"""How much one request may ask for; every bound is checked before the work that it bounds."""
+"""How much a stranger may ask for; every bound is checked before the work that it bounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds on one request. Raises ValueError for a bound that is no number, not positive, or not possible.
+    """Upper bounds, on one request where nothing else is said.
+
+    Raises ValueError for a bound that is no number, not positive, or not possible.
 
     - ``request_bytes`` (64 MiB): the body. Room for two of the largest pictures in base64.
     - ``header_bytes`` (16 KiB): the request's header. An API key and a proxy's marks need no more.
@@ -25,6 +27,7 @@ class Limits:
     - ``new_tokens`` (4,096): tokens that a request may ask for. One request must not hold a batch for minutes.
     - ``deadline_seconds`` (120.0): from the request's arrival to its last token.
     - ``queue_length`` (256): jobs that wait. More than this would miss their deadline anyway.
+    - ``held_bytes`` (2 GiB): bodies and decoded pictures of all requests together, those that wait included.
     """
 
     request_bytes: int = 64 * 2**20
@@ -42,6 +45,7 @@ class Limits:
     new_tokens: int = 4_096
     deadline_seconds: float = 120.0
     queue_length: int = 256
+    held_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,5 +61,7 @@ class Limits:
             raise ValueError(
                 f"picture_bytes: got {self.picture_bytes}, must be at most request_bytes ({self.request_bytes})"
             )
+        if self.request_bytes > self.held_bytes:
+            raise ValueError(f"request_bytes: got {self.request_bytes}, must be at most held_bytes ({self.held_bytes})")
         if self.picture_side > 65_535:
             raise ValueError(f"picture_side: got {self.picture_side}, must be at most 65535")

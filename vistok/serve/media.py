@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from vistok.serve.errors import MediaError
 from vistok.serve.fetch import PICTURE_TYPES, Network, Rules, SystemNetwork, fetch, too_large
 from vistok.serve.limits import Limits
 
-__all__ = ["MediaError", "MediaPolicy", "decode", "load"]
+__all__ = ["MediaError", "MediaPolicy", "decode", "digest", "load"]
 
 # Imported by name, so that opening one of them never makes Pillow import its forty other parsers.
 _PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
@@ -149,6 +150,12 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     except Exception as error:  # decoders raise whatever they stumble over, down to SyntaxError
         raise damaged() from error
     return plain.transpose(_UPRIGHT[container.orientation]) if container.orientation in _UPRIGHT else plain
+
+
+def digest(image: Image.Image) -> str:
+    """A hash of the picture's content: equal for equal pictures, whatever file they came in."""
+    shape = f"{image.mode} {image.width} {image.height} ".encode()
+    return blake2b(shape + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _check_size(container: Container, limits: Limits) -> None:

@@ -107,9 +107,9 @@ class Finish:
     """Those left to the language model; for methods that drop some inside of it the mean over its layers, rounded."""
 
 
-Around: TypeAlias = Callable[[Sequence[Ask]], AbstractContextManager[Any]]
-"""Called with the requests of a batch, row by row; entered around ``generate``, inside the method's ``with``. The
-vision encoder sees their pictures in this order, so a cache knows them by their digests."""
+Around: TypeAlias = Callable[[Sequence[Ask], Mapping[str, Tensor]], AbstractContextManager[Any]]
+"""Called with the requests of a batch, row by row, and what the model is given; entered around ``generate``, inside the
+method's ``with``. The vision encoder sees their pictures in this order, so a cache knows them by their digests."""
 
 
 class Runner:
@@ -125,7 +125,7 @@ class Runner:
         model: PreTrainedModel,
         processor: ProcessorMixin,
         *,
-        around: Around = lambda asks: nullcontext(),
+        around: Around = lambda asks, inputs: nullcontext(),
     ) -> None:
         self.model, self.processor, self._around = model, processor, around
         self._host = host_of(model)
@@ -225,7 +225,7 @@ class Runner:
         draws = [row.ask.sampling for row in rows]
         processors = [Draw(draws, self.model.device)] if any(draw.temperature for draw in draws) else []
         try:
-            with session or nullcontext(), self._around([row.ask for row in rows]):
+            with session or nullcontext(), self._around([row.ask for row in rows], inputs):
                 self.model.generate(
                     **inputs,
                     max_new_tokens=max(row.room for row in rows),

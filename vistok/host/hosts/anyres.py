@@ -50,16 +50,19 @@ class AnyresHost(LlavaHost):
         if self.kind == "video":
             return {**super().call_of(args, kwargs), "clips": self.clips[:2]}
         call, self._call = self._call, {}
-        sizes = call.get("image_sizes", ())
-        several = call.get("batch_num_images")
-        alone = [True] * len(sizes) if several is None else [int(n) == 1 for n in several for _ in range(int(n))]
+        sizes, cut = self._shown(call)
         aspect = call.get("vision_aspect_ratio") or getattr(self.model.config, "vision_aspect_ratio", None)
-        return {
-            **super().call_of(args, kwargs),
-            "sizes": [tuple(int(x) for x in size) for size in sizes],
-            "cut": alone,
-            "aspect": aspect,
-        }
+        return {**super().call_of(args, kwargs), "sizes": sizes, "cut": cut, "aspect": aspect}
+
+    @staticmethod
+    def _shown(given: Mapping[str, Any]) -> tuple[list[tuple[int, ...]], list[bool]]:
+        """(height, width) of each picture that ``get_image_features`` is given, and whether it is cut into crops."""
+        sizes = [tuple(int(x) for x in size) for size in given.get("image_sizes", ())]
+        several = given.get("batch_num_images")
+        return sizes, [True] * len(sizes) if several is None else [int(n) == 1 for n in several for _ in range(int(n))]
+
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return [self._crops(size) if cut else 1 for size, cut in zip(*self._shown(given), strict=True)]
 
     @cached_property
     def pooler(self) -> Any:

@@ -233,6 +233,11 @@ class Host(ABC):
         exact = {name: p.to(tokens.dtype) for name, p in call.named_parameters() if p.dtype != tokens.dtype}
         return torch.func.functional_call(call, exact, (tokens,)) if exact else self.project(tokens)
 
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        """How much of the encoder's input each picture of the prompt ``ids`` (B, T) takes: crops or tiles where it has
+        such, patches where pictures lie in one sequence. ``given``: the arguments of ``get_image_features``."""
+        return [1] * len(next(value for value in given.values() if isinstance(value, Tensor)))
+
     @abstractmethod
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         """The layout of each picture (or video) of the run, in the order of the prompt, whose placeholders for it are

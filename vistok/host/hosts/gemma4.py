@@ -195,6 +195,9 @@ class Gemma4Host(PaliGemmaHost):
             pooled = (pooled - self.tower.std_bias) * self.tower.std_scale
         return self.projector(pooled.to(tokens.dtype))
 
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return (given["image_position_ids"] != -1).any(-1).sum(1).tolist()
+
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         return [squares(h, w, self.side) for h, w in run.call["grids"]]
 

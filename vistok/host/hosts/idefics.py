@@ -82,24 +82,32 @@ class IdeficsHost(TiledHost):
 
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         copies = max(1, int(visual.sum()) // run.rows)
-        starts, ends = runs(visual[::copies])
-        tiles = [(row, a, b) for (row, a), (_, b) in zip(starts.tolist(), ends.tolist(), strict=True)]
         ids, self._ids = self._ids, None
         if ids is None:
-            return [self.tiled(1)] * sum((b - a) // len(self.shuffle) for _, a, b in tiles)
-        before = ids[::copies][starts[:, 0], (starts[:, 1] - 1).clamp(min=0)].tolist()
-        thumbnail = {row: mark for (row, _, _), mark in zip(tiles, before, strict=True)}  # the last of the row
-        layouts, mine = [], []
-        for (row, a, b), mark in zip(tiles, before, strict=True):
-            mine.append((a, b))
-            if mark == thumbnail[row]:
-                layouts.append(self.tiled(len(mine), _boxes(mine)))
-                mine = []
-        return layouts
+            return [self.tiled(1)] * (int(visual[::copies].sum()) // len(self.shuffle))
+        return [self.tiled(len(tiles), _boxes(tiles)) for tiles in _pictures(ids[::copies], visual[::copies])]
+
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return [len(tiles) for tiles in _pictures(ids, ids == self.image_token)]
 
     def vision_flops(self, run: VisionRun) -> int:
         vision = self.model.config.vision_config
         return self.tiles_flops(run, vision.num_channels * vision.patch_size**2)
+
+
+def _pictures(ids: Tensor, visual: Tensor) -> list[list[tuple[int, int]]]:
+    """The columns (first, past the last) of each picture's tiles; ``visual`` (B, T): the placeholders in ``ids``."""
+    starts, ends = runs(visual)
+    tiles = [(row, a, b) for (row, a), (_, b) in zip(starts.tolist(), ends.tolist(), strict=True)]
+    before = ids[starts[:, 0], (starts[:, 1] - 1).clamp(min=0)].tolist()
+    thumbnail = {row: mark for (row, _, _), mark in zip(tiles, before, strict=True)}  # the last of the row
+    pictures, mine = [], []
+    for (row, a, b), mark in zip(tiles, before, strict=True):
+        mine.append((a, b))
+        if mark == thumbnail[row]:
+            pictures.append(mine)
+            mine = []
+    return pictures
 
 
 def _boxes(tiles: list[tuple[int, int]]) -> tuple[Box | None, ...] | None:

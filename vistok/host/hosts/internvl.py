@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,10 @@ class InternVLHost(TiledHost):
     def shuffled(self, planes: Tensor) -> Tensor:
         grid = planes.unflatten(1, self.patch_grid)
         return self.base.pixel_shuffle(grid, scale_factor=self.model.config.downsample_ratio)
+
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        starts, ends = runs(ids == self.image_token)
+        return ((ends[:, 1] - starts[:, 1]) // len(self.shuffle)).tolist()
 
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         tokens = len(self.shuffle)

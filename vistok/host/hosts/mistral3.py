@@ -61,6 +61,9 @@ class Mistral3Host(Host):
         size = self.side * self.tower.patch_size
         return self.projector(patches, [(size, size * batch * kept)]).view(batch, kept, -1)
 
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return (torch.as_tensor(given["image_sizes"]) // self.tower.patch_size).prod(1).tolist()
+
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         return [squares(*grid, self.side) for grid in run.call["grids"]]
 

@@ -83,6 +83,9 @@ class QwenHost(Host):
         batch, kept, width = tokens.shape
         return self.projector(tokens.reshape(-1, width // self.merge)).view(batch, kept, -1)
 
+    def spent(self, given: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return given["image_grid_thw"].prod(1).tolist()
+
     def layouts(self, run: VisionRun, visual: Tensor) -> list[Layout]:
         found = [(t, plain(h // self.side, w // self.side, self.merge)) for t, h, w in run.call["grids"]]
         return [frame if run.kind == "image" else video(frame, t) for t, frame in found]
