@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -149,5 +149,54 @@ class ViTTrial(Protocol):
         ...
 
 
-Claim = Callable[[Trial], Outcome] | Callable[[ViTTrial], Outcome]
-"""A system's module defines ``def claim(trial: Trial) -> Outcome``, of the vit family ``claim(trial: ViTTrial)``."""
+class AttendTrial(Protocol):
+    """What a claim about an attention operator is measured with; ``vistok.bench.attend_trial`` implements it."""
+
+    seed: int
+    """Of tensors and trainings."""
+
+    def milliseconds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        """Median milliseconds of each of ``runs``, all taken in turn."""
+        ...
+
+    def draw(self, rng: Any, count: int = 64) -> tuple[Any, Any]:
+        """Handwritten digits to train on: pictures (count, 1, 8, 8) in -1 .. 1 and labels (count,)."""
+        ...
+
+    def fit(self, model: Any, steps: int, *, loss: Any = None, peak_lr: float = 2e-3) -> list[float]:
+        """Train ``model`` in place on digits, or on what ``loss``, (model, rng) -> scalar, draws; the losses."""
+        ...
+
+    def accuracy(self, model: Any, change: Any = None) -> float:
+        """Share of digits by other writers that ``model`` tells right, in [0, 1]; ``change``: of the pictures."""
+        ...
+
+
+class TokenizeTrial(Protocol):
+    """What a claim about a tokenizer is measured with; ``vistok.bench.tokenize_trial`` implements it."""
+
+    seed: int
+    """Of trainings."""
+    size: int
+    """Side of a picture in pixels."""
+
+    def fit(self, model: Any, steps: int, **how: Any) -> list[float]:
+        """Train ``model`` in place on pictures of the world; the losses. Equal seeds see equal pictures."""
+        ...
+
+    def psnr(self, model: Any, k: int | None = None) -> float:
+        """Mean over held-out pictures, in dB, of all tokens or of the first ``k``."""
+        ...
+
+    def usage(self, model: Any) -> float:
+        """Share of the codes that held-out pictures use, in [0, 1]; mean over columns of ids."""
+        ...
+
+
+Claim = (
+    Callable[[Trial], Outcome]
+    | Callable[[ViTTrial], Outcome]
+    | Callable[[AttendTrial], Outcome]
+    | Callable[[TokenizeTrial], Outcome]
+)
+"""A system's module defines ``claim(trial: Trial) -> Outcome``; vit, attend and tokenize have trials of their own."""

@@ -83,6 +83,11 @@ class Registry:
             )
         return system(**hyper)
 
+    def create_seeded(self, name: str, seed: int | None, **hyper: Any) -> Any:
+        """As ``create``; where the system draws, by ``seed`` (None: as it does by itself)."""
+        drawn = seed is not None and any(known.name == "seed" for known in self.hyper_of(name))
+        return self.create(name, **({"seed": seed} if drawn else {}) | hyper)
+
     def claim_of(self, name: str) -> Claim:
         """The function that measures the claim of ``name``. Raises UnknownSystem, or CardError if there is none."""
         source = self.source(name)
@@ -151,5 +156,6 @@ methods = _registry.methods
 card = _registry.card
 hyper_of = _registry.hyper_of
 create = _registry.create
+create_seeded = _registry.create_seeded
 claim_of = _registry.claim_of
 module_of = _registry.module_of

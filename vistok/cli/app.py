@@ -65,6 +65,9 @@ COMMANDS: Mapping[str, Command | Group] = {
             "diff": Command("vistok.cli.bench:diff", "Say what changed between two sweeps, beyond noise."),
         },
     ),
+    "serve": Command("vistok.cli.serve:serve", "Serve models over HTTP, as the OpenAI API does."),
+    "studio": Command("vistok.cli.studio:studio", "Look at visual tokens in a browser."),
+    "gna-sim": Command("vistok.cli.gna_sim:gna_sim", "Count what neighbourhood attention can gain on tiles."),
     "train": Command("vistok.cli.train:train", "Train a small model of the zoo."),
 }
 

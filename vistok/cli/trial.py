@@ -34,13 +34,13 @@ def trial(
     cards = catalogue.systems() if slug.strip() == "all" else [catalogue.card(slug)]
     from vistok.bench.trial import try_system
 
-    trials = {vit: _trial(vit, model, pictures, seed) for vit in {card.family == "vit" for card in cards}}
+    trials = {family: _trial(family, model, pictures, seed) for family in {card.family for card in cards}}
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     with progress() as bar:
         for card in bar.track(cards, description="measuring"):
             try:
-                row = try_system(card.slug, trials[card.family == "vit"])
+                row = try_system(card.slug, trials[card.family])
             except (ValueError, LookupError) as error:  # LookupError: the model that it is measured on is not there
                 if len(cards) == 1:
                     raise
@@ -56,10 +56,19 @@ def trial(
         raise UserError("--model", model, f"cannot serve {', '.join(failed)}")
 
 
-def _trial(vit: bool, model: str, pictures: int, seed: int) -> Any:
+def _trial(family: str, model: str, pictures: int, seed: int) -> Any:
     """What claims are measured with: ``model`` and the world; of vision transformers the zoo's classifier, or another
-    one that is named, and 256 pictures of objects."""
-    if vit:
+    one that is named, and 256 pictures of objects; of attention operators tensors alone; of
+    tokenizers small ones trained on the spot."""
+    if family == "attend":
+        from vistok.bench.attend_trial import AttendTrial
+
+        return AttendTrial(seed)
+    if family == "tokenize":
+        from vistok.bench.tokenize_trial import TokenizeTrial
+
+        return TokenizeTrial(seed=seed)
+    if family == "vit":
         from vistok.bench.vit_trial import ViTTrial
 
         return ViTTrial(seed=seed) if model == DEFAULT else ViTTrial(seed=seed, classifier_name=model)

@@ -1,0 +1,1 @@
+"""Attention that is not dense: operators and backbones. One file a system; its parts are in core.attention."""
