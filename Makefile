@@ -1,9 +1,9 @@
-# make setup | demo | test | lint | readme | clean. The first run makes .venv; after that nothing needs the network.
+# make setup | browser | demo | test | lint | readme | clean. The first run makes .venv; after that nothing needs the network.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint format readme clean
+.PHONY: setup browser demo test lint format readme clean
 
 setup: $(STAMP)
 
@@ -12,11 +12,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
 	touch $@
 
+# Debian's Chromium, for the tests of the studio's pages; they are skipped where there is none.
+browser:
+	@if command -v chromium >/dev/null; then chromium --version; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else echo "no chromium: install it with your system's packages (Debian: apt-get install chromium)"; fi
+
 demo: $(STAMP)
 	$(BIN)/vistok compare --samples --out out
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

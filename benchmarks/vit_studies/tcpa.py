@@ -1,9 +1,11 @@
-"""TCPA against VPT-deep of as many parameters, and a new head alone: the frozen classifier learns to name colours."""
+"""TCPA against VPT-deep of as many parameters, and a new head alone, at several learning rates: the frozen classifier
+learns to name colours."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -46,10 +48,11 @@ def _head_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def study(trial: ViTTrial, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Accuracy over the seeds after equal steps on equal pictures."""
-    steps, seeds = (2, 1) if quick else (100, 3)
+    """Accuracy over the seeds after equal steps on equal pictures, at each peak learning rate: which of the prompts
+    are the better ones hangs on it."""
+    steps, seeds, rates = (2, 1, (1e-1,)) if quick else (100, 2, (1e-2, 4e-2, 1e-1))
     systems = {"head only": None, "VPT-deep": vpt_deep(TCPA()), "TCPA": TCPA()}
-    for name, system in systems.items():
+    for (name, system), rate in product(systems.items(), rates):
         found = []
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -58,9 +61,10 @@ def study(trial: ViTTrial, quick: bool = False) -> Iterator[dict[str, Any]]:
                 loss: Any = _head_loss
             else:
                 model, loss = system.build(trial.classifier, len(COLOUR_NAMES)), system.loss(steps)
-            found.append(transfer(trial, model, loss, steps, seed))
+            found.append(transfer(trial, model, loss, steps, seed, rate))
         yield {
             "trained": name,
+            "learning rate": rate,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "steps": steps,
             "seeds": seeds,

@@ -9,28 +9,26 @@ from typing import Any
 import torch
 
 from vistok.bench.vit_trial import ViTTrial
-from vistok.vit.top_vim import TopViM, kept_patches
+from vistok.vit.top_vim import CLAIMED_ON, kept_patches, small
 
-TITLE = "ToP-ViM: aligned against naive scans, off the shelf"
+TITLE = "ToP-ViM: aligned against naive scans, pruned without further training"
 
 
 def study(trial: ViTTrial, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Accuracy, mean of the seeds, when a share ``keep`` stays after each of two blocks; "whole" is without pruning."""
-    steps, batch, seeds = (1, 4, 1) if quick else (300, 16, 2)
+    """Accuracy on colours, mean of the seeds, a share ``keep`` left after each of two blocks; "whole": not pruned."""
+    steps, batch, seeds = (1, 4, 1) if quick else (300, 16, 3)
     keeps = (0.9, 0.8, 0.6, 0.4)
     whole: list[float] = []
     found: dict[tuple[float, bool], list[float]] = {(keep, align): [] for keep in keeps for align in (False, True)}
-    vit = trial.classifier
-    size, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
     for seed in range(seeds):
         torch.manual_seed(seed)
-        model = TopViM(size, patch, 64, 6, 4, prune_after=(1, 3)).build(vit.num_classes)
+        model = small(trial)
         model.pruning = False
-        trial.fit(model, steps, dense=True, batch_size=batch, peak_lr=2e-3, seed=seed)
-        whole.append(trial.accuracy(model=model))
+        trial.fit(model, steps, task=CLAIMED_ON, batch_size=batch, peak_lr=2e-3, seed=seed)
+        whole.append(trial.score(CLAIMED_ON, model)["accuracy"])
         model.pruning = True
         for model.keep, model.align in found:
-            found[model.keep, model.align].append(trial.accuracy(model=model))
+            found[model.keep, model.align].append(trial.score(CLAIMED_ON, model)["accuracy"])
     for keep in keeps:
         naive, aligned = (mean(found[keep, align]) for align in (False, True))
         yield {

@@ -72,7 +72,8 @@ def test_every_mode_becomes_rgb_of_the_same_brightness(write, mode):
         image = grey.convert("RGB").convert(mode)
     assert image.mode == mode
     kind = "PNG" if mode in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16") else "TIFF"
-    opened = open_picture(write(encoded(image, kind)))
+    how = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow before 13 cannot read it uncompressed
+    opened = open_picture(write(encoded(image, kind, **how)))
     assert opened.mode == "RGB"
     right = GRADIENT.mean(axis=0)
     assert np.abs(np.asarray(opened, float).mean(axis=(0, 2)) - right).mean() < (60 if mode == "1" else 8)

@@ -26,7 +26,7 @@ class MadeTrial:
         self.figures, self.plain, self.size = list(figures), plain, size
         self.trained = []
 
-    def fit(self, model, steps, *, loss=None, peak_lr=3e-4, batch_size=32, dense=False):
+    def fit(self, model, steps, *, loss=None, peak_lr=3e-4, batch_size=32, dense=False, task="objects"):
         rng = torch.Generator().manual_seed(1)
         optimizer = torch.optim.SGD(model.parameters(), peak_lr)
         model.train()
@@ -52,5 +52,8 @@ class MadeTrial:
         if model is None:
             return self.plain
         with torch.no_grad():
-            assert model(torch.zeros(2, 3, self.size, self.size)).shape == (2, 5)
+            assert len(model(torch.zeros(2, 3, self.size, self.size))) == 2
         return self.figures.pop(0)
+
+    def score(self, task, model):
+        return {"accuracy": self.accuracy(model=model)}

@@ -17,7 +17,7 @@ from vistok.host import UnsupportedModel
 from vistok.host.vit import Stage, TokenState
 from vistok.host.vit.joined import Joined
 from vistok.vit import dynamicvit
-from vistok.vit.dynamicvit import DynamicPruning, DynamicViT, Losses, Predictor, claim, lesson
+from vistok.vit.dynamicvit import DynamicPruning, DynamicViT, Losses, Predictor, claim, lesson, train
 
 SYSTEM = DynamicViT(keep=0.5, layers=(2, 4))
 some = pytest.mark.parametrize("kind", ["timm-vit", "timm-deit-distilled", "timm-dinov3", "vit-classifier", "siglip"])
@@ -324,13 +324,32 @@ def test_errors_name_the_argument():
         vistok.apply(built("timm-vit"), DynamicPruning(WIDTH))
 
 
+def test_predictors_are_trained_first_and_then_all():
+    moved = []
+
+    class Trial(MadeTrial):
+        def fit(self, model, steps, **given):
+            before = {name: p.clone() for name, p in model.named_parameters()}
+            super().fit(model, steps, **given)
+            changed = (name for name, p in model.named_parameters() if not torch.equal(p, before[name]))
+            moved.append({name.split(".")[0] for name in changed})
+
+    trial = Trial()
+    system = DynamicViT(keep=0.5)
+    model = system.build(trial.classifier)
+    train(trial, system, model, 4)
+    assert moved == [{"method"}, {"method", "vit"}] and all(p.requires_grad for p in model.parameters())
+    assert not any(p.grad is not None for p in trial.classifier.parameters())
+
+
 def test_claim():
     def judged(plain, pruned):
         trial = MadeTrial(plain, pruned)
-        outcome = claim(trial, steps=1)
+        outcome = claim(trial, steps=3)
         assert (outcome.baseline, outcome.value) == (plain, pruned) and "12 of 36 tokens" in outcome.note
-        (_, losses), (model, others) = trial.trained
-        assert isinstance(model, Joined) and losses[0] != others[0]
+        (_, losses), (model, alone), (again, others) = trial.trained
+        assert isinstance(model, Joined) and again is model and losses[0] != others[0]
+        assert [len(one) for one in (losses, alone, others)] == [3, 1, 2]
         return outcome.holds
 
     assert judged(0.9, 0.9) and not judged(0.9, 0.85)

@@ -54,6 +54,17 @@ def dropped(kept: Sequence[int], grid: tuple[int, int]) -> str:
     return "".join(path)
 
 
+def evidence_path(case: Case) -> dict[str, str]:
+    """{"evidence": the border of the pixels that answer the question, as an SVG path, "evidence_scale": from its units
+    to pixels}; both empty where that is the whole picture, or not known."""
+    evidence = case.truth.evidence if case.truth is not None else None
+    if evidence is None or evidence.all() or not evidence.any():
+        return {"evidence": "", "evidence_scale": ""}
+    width, height = case.picture.size
+    scale = f"{width / evidence.shape[1]:g} {height / evidence.shape[0]:g}"
+    return {"evidence": outline(evidence), "evidence_scale": scale}
+
+
 def outline(evidence: np.ndarray) -> str:
     """The border of what lies near the ``evidence`` (H, W bool), as an SVG path in units of its pixels."""
     # At some distance, so that what is small (letters) is not covered by its own outline.

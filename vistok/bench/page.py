@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .chart import RING, Point, chart, looks
-from .figures import data_url, dropped, outline
+from .figures import data_url, dropped, evidence_path
 from .joint import WHERE, combinations
 from .markdown import fair, held_name, joint_order, ordered, place_name, setting_name, signed
 from .measure import DENSE, Case
@@ -467,9 +467,6 @@ def _picture(one: Pick, number: int, ids: Mapping[tuple[Any, ...], str]) -> dict
     """One picked question: its picture once, and of each method what of the picture it dropped."""
     case = one.case
     width, height = case.picture.size
-    evidence = case.truth.evidence if case.truth is not None else None
-    if evidence is not None and (evidence.all() or not evidence.any()):  # the whole picture, or not known
-        evidence = None
     return {
         "id": f"picture-{number}",
         "title": TITLES[one.rule],
@@ -479,10 +476,7 @@ def _picture(one: Pick, number: int, ids: Mapping[tuple[Any, ...], str]) -> dict
         "question": case.question,
         "truth": one.dense["truth"],
         "dense": {"answer": one.dense["answer"], "correct": one.dense["correct"]},
-        "evidence": outline(evidence) if evidence is not None else "",
-        "evidence_scale": f"{width / evidence.shape[1]:g} {height / evidence.shape[0]:g}"
-        if evidence is not None
-        else "",
+        **evidence_path(case),
         "picture": data_url(case.picture),
         "width": width,
         "height": height,

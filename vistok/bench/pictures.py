@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from vistok.world import TASKS, derive_seed, make
+from vistok.world import Picture as Drawn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +31,23 @@ class Unusable(ValueError):
 
     def __str__(self) -> str:
         return f"{self.got}: {self.right}"
+
+
+_WORLD = re.compile(r"world:([^:]*)(?::(.*))?")
+
+
+def world_picture(name: str) -> Drawn | None:
+    """The held-out picture that ``world:TASK:NUMBER`` names (``world:scenes:3``), or None for a name of other form.
+
+    Raises Unusable for an unknown task or number.
+    """
+    found = _WORLD.fullmatch(name)
+    if found is None:
+        return None
+    task, number = found[1], found[2] or "0"
+    if task not in TASKS or not number.isascii() or not number.isdigit() or int(number) >= 2**32:
+        raise Unusable(name, f"must be world:TASK:NUMBER, TASK one of {', '.join(TASKS)}")
+    return make(task, derive_seed(0, int(number), "test"))
 
 
 def open_picture(path: Path, largest: int = LARGEST_PIXELS) -> Image.Image:

@@ -112,11 +112,11 @@ def processor_name() -> str:
 
 
 @cache
-def template(name: str) -> Template:
-    """A template of ``templates/``; all that it shows is escaped."""
-    folder = Path(__file__).parent / "templates"
+def template(name: str, folder: Path | None = None) -> Template:
+    """A template of ``folder``, or of ``templates/`` here; all that it shows is escaped."""
+    folders = [*([folder] if folder else []), Path(__file__).parent / "templates"]
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

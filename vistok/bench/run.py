@@ -85,8 +85,7 @@ def method_of(cell: Cell) -> list[Reducer] | None:
         return None
     made = []
     for name, steps in parts_of(cell.method):
-        seeded = any(hyper.name == "seed" for hyper in catalogue.hyper_of(name))
-        reducer = catalogue.create(name, **({"seed": cell.seed} if seeded else {}) | dict(cell.hyper))
+        reducer = catalogue.create_seeded(name, cell.seed, **dict(cell.hyper))
         made.append(swap(reducer, seed=cell.seed, **steps) if steps else reducer)
     return made
 

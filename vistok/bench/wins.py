@@ -141,18 +141,30 @@ def _case(
     dense: Row, row: Row, cases_of: Callable[[Cell], Sequence[Case]], shown: dict[Cell, Sequence[Case]]
 ) -> Case | None:
     """The case of both rows, if it is at hand, is the one that was asked, and has the shape of the grid."""
-    cell = cell_of(dense)
+    case = case_of_row(dense, cases_of, shown)
+    return case if case is not None and in_shape(case, row) else None
+
+
+def case_of_row(row: Row, cases_of: Callable[[Cell], Sequence[Case]], shown: dict[Cell, Sequence[Case]]) -> Case | None:
+    """The case of a row, if it is at hand and is the one that was asked; ``shown`` holds those that were drawn."""
+    cell = cell_of(row)
     if cell not in shown:
         try:
             shown[cell] = cases_of(cell)
         except (OSError, ValueError):
             shown[cell] = []
-    number = dense["question"].rpartition(":")[2]
+    number = row["question"].rpartition(":")[2]
     if not number.isdecimal() or int(number) >= len(shown[cell]):
         return None
     case = shown[cell][int(number)]
+    return case if case.question == row["asked"] else None
+
+
+def in_shape(case: Case, row: Row) -> bool:
+    """Whether the kept tokens of a row can be drawn over the picture: a host that cuts a picture to a square would see
+    other pixels under the same positions."""
     height, width = row["grid_height"], row["grid_width"]
+    if not height or not width:
+        return False
     across, down = case.picture.width * height, case.picture.height * width
-    # A host that cuts a picture to a square would see other pixels under the same positions.
-    alike = abs(across - down) * min(height, width) <= max(across, down)
-    return case if alike and case.question == dense["asked"] else None
+    return abs(across - down) * min(height, width) <= max(across, down)

@@ -96,9 +96,10 @@ def read_case(picture: str, question: str | None) -> Case:
 
 def check_question(model: PreTrainedModel, processor: ProcessorMixin, case: Case) -> None:
     """Raises UserError for a question that would itself be read as a picture."""
-    image = getattr(model.config, "image_token_id", None)
-    if image in processor.tokenizer(case.question)["input_ids"]:
-        token = processor.tokenizer.convert_ids_to_tokens(image)
+    from vistok.zoo.asking import picture_token
+
+    token = picture_token(model, processor)
+    if token is not None and token in processor.tokenizer.tokenize(case.question):
         raise UserError("QUESTION", case.question, f"must not contain {token}, which stands for a picture")
 
 

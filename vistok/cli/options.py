@@ -92,10 +92,7 @@ def create(name: str, seed: int) -> Any:
     """
     if name == DENSE:
         return None
-    parts = []
-    for slug in name.split("+"):
-        seeded = any(hyper.name == "seed" for hyper in catalogue.hyper_of(slug))
-        parts.append(catalogue.create(slug, **({"seed": seed} if seeded else {})))
+    parts = [catalogue.create_seeded(slug, seed) for slug in name.split("+")]
     return parts[0] if len(parts) == 1 else parts
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vistok.bench import pictures
 from vistok.bench.pictures import LARGEST_PIXELS, Unusable
 from vistok.cli.console import UserError
-from vistok.world import TASKS, derive_seed, make
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vistok.world import Picture
-
-_WORLD = re.compile(r"world:([^:]*)(?::(.*))?")
 
 
 def open_picture(name: str, argument: str = "PICTURE") -> Image.Image:
@@ -35,10 +31,9 @@ def world_picture(name: str, argument: str = "PICTURE") -> Picture | None:
 
     Raises UserError for an unknown task or number.
     """
-    found = _WORLD.fullmatch(name)
-    if found is None or Path(name).exists():
+    if Path(name).exists():
         return None
-    task, number = found[1], found[2] or "0"
-    if task not in TASKS or not number.isascii() or not number.isdigit() or int(number) >= 2**32:
-        raise UserError(argument, name, f"must be a file or world:TASK:NUMBER, TASK one of {', '.join(TASKS)}")
-    return make(task, derive_seed(0, int(number), "test"))
+    try:
+        return pictures.world_picture(name)
+    except Unusable as error:
+        raise UserError(argument, name, error.right.replace("must be", "must be a file or", 1)) from error

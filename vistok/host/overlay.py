@@ -56,7 +56,7 @@ def overlay(
         light[region] = np.maximum(light[region], np.where(cells >= 0, full, DARK))
         merged = (cells >= 0) & (sizes[np.maximum(cells, 0)] > 1)
         if full == 1.0:
-            colour[region] = _palette(len(sizes))[np.maximum(cells, 0)]
+            colour[region] = palette(len(sizes))[np.maximum(cells, 0)]
             tinted[region] = merged[..., None] * TINT
     drawn = pixels * light[..., None] * (1 - tinted) + colour * tinted
     return Image.fromarray(drawn.round().clip(0, 255).astype(np.uint8))
@@ -89,7 +89,7 @@ def _cells(pixels: np.ndarray, cells: int) -> np.ndarray:
     return np.arange(len(pixels)) * cells // max(len(pixels), 1)
 
 
-def _palette(count: int) -> np.ndarray:
+def palette(count: int) -> np.ndarray:
     """(count, 3) colours that differ between neighbours in the list."""
     golden = 0.618034
     return np.array([colorsys.hsv_to_rgb(i * golden % 1, 0.75, 1.0) for i in range(count)], np.float32) * 255

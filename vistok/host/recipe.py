@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ SlotNeeds = Mapping[Slot, Mapping[str, LayerSpec]]
 class Recipe(Reducer):
     """Base of methods whose stage before the language model is a chain of steps. A system writes those of its own;
     ``select`` and ``compress`` say how they follow one another."""
+
+    greedy: ClassVar[bool] = False
+    """True if ``pick`` takes one token after the other, each in view of those before it, and gives them in that
+    order."""
 
     @property
     def slot_needs(self) -> SlotNeeds:
@@ -90,6 +94,10 @@ class Recipe(Reducer):
     def order(self) -> Literal["raster", "author"]:
         """order: whether values stand at their own places, or in the order of the picks on ascending places."""
         return "raster"
+
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor | None:
+        """As of Reducer: those of its own score step."""
+        return self.scores(evidence) if layer is None and _own(self, "score") else None
 
     # The chain ----------------------------------------------------------------------------------------------------
 
@@ -228,6 +236,10 @@ class Swapped(Recipe, Wrapper):
         those of another are shifted to be 0 or more."""
         foreign = not step.known and not (step.name == self.chain["score"].name == "own")
         return scores - scores.amin(1, keepdim=True).clamp_max(0) if foreign else scores
+
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor | None:
+        scored = self._scored and not self.chain["score"].plain
+        return self.scores(evidence) if layer is None and scored else None
 
     def scores(self, evidence: Evidence) -> Tensor:
         step = self.chain["score"]

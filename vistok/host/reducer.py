@@ -280,6 +280,11 @@ class Reducer:
         """
         return aside.scatter(1, keep[..., None].expand_as(states), states)
 
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor | None:
+        """(B, N) what it ranks tokens by, larger is better, before the language model or before decoder layer
+        ``layer``; None where it gives its tokens no score there. For people to look at: ``vistok.host.watch``."""
+        return None
+
     # What callers use ---------------------------------------------------------------------------------------------
 
     def reduce(self, evidence: Evidence, keep: int) -> Reduction:

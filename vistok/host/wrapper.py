@@ -29,9 +29,7 @@ class Wrapper(Reducer):
             return self.method
         if catalogue.module_of(self.method) == type(self).__module__ or catalogue.card(self.method).family != "reduce":
             raise ValueError(f"method: got {self.method!r}, must be another reducer")
-        seed = getattr(self, "seed", None)
-        seeded = seed is not None and any(hyper.name == "seed" for hyper in catalogue.hyper_of(self.method))
-        base: Reducer = catalogue.create(self.method, **({"seed": seed} if seeded else {}))
+        base: Reducer = catalogue.create_seeded(self.method, getattr(self, "seed", None))
         return base
 
     @property
@@ -78,6 +76,9 @@ class Wrapper(Reducer):
 
     def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
         return self.base.at_layer(self.see(evidence), keep, layer)
+
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor | None:
+        return self.base.token_scores(self.see(evidence), layer)
 
     def come_back(self, aside: Tensor, keep: Tensor, states: Tensor) -> Tensor:
         return self.base.come_back(aside, keep, states)

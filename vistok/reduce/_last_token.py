@@ -24,8 +24,11 @@ class LastTokenRanking(Reducer):
     def layer_needs(self) -> Mapping[str, LayerNeed]:
         return {"llm_attention": "last"}
 
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor:
+        return last_query(evidence.llm_attention)
+
     def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return topk(last_query(evidence.llm_attention), keep)
+        return topk(self.token_scores(evidence), keep)
 
     def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
         return Reduction.select(evidence.features, self.select(evidence, keep))

@@ -92,6 +92,9 @@ class AIM(Reducer):
     def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
         return Reduction.select(evidence.features, topk(importance(evidence.llm_importance), keep))
 
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor | None:
+        return None if layer is None else importance(evidence.llm_importance)  # before it, pairs are scored
+
 
 def importance(rank: Tensor) -> Tensor:
     """(B, N) root mean square over heads of PageRank (B, H, N), in float64: the squares of the ranks of tokens that

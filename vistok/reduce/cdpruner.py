@@ -17,6 +17,7 @@ rank of the features nothing adds volume, and the first tokens left over follow.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -54,6 +55,8 @@ class CDPruner(Recipe):
     None: r itself, as released; 0: diversity alone."""
     negative: bool = False
     """True: relevant are the tokens least similar to the question, as released for CLIP embeddings."""
+
+    greedy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.theta is not None and not 0 <= self.theta < 1:

@@ -41,6 +41,7 @@ class DivPrune(Recipe):
     """Greedy max-min diversity. No hyper-parameters; a larger ``keep`` keeps a superset."""
 
     whole_picture: ClassVar[bool] = True
+    greedy: ClassVar[bool] = True
 
     def pick(self, evidence: Evidence, scores: Tensor, keep: int) -> Tensor:
         return farthest_points(evidence.features, keep, "isolated", "cosine")

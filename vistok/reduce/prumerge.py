@@ -98,8 +98,11 @@ class PruMerge(Reducer):
         step = (rank * more[:, None] // left[:, None], (rank - 1) * more[:, None] // left[:, None])
         return best | (~best & (step[0] > step[1]))
 
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor:
+        return upcast(evidence.wide_cls_attention)
+
     def compress(self, evidence: Evidence, keep: int) -> Reduction:
-        x, attention = evidence.encoder_features, upcast(evidence.wide_cls_attention)
+        x, attention = evidence.encoder_features, self.token_scores(evidence)
         kept = self.kept(attention, keep)
         keys = unit(evidence.encoder_keys)
         affinity = torch.bmm(take(keys, positions(kept)[0]), keys.transpose(1, 2))

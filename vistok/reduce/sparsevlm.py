@@ -114,8 +114,7 @@ class SparseVLM(Reducer):
         x, n = evidence.features, evidence.num_tokens
         if keep in (0, n):
             return Reduction.select(x, torch.arange(keep, device=x.device).expand(len(x), keep))
-        # Found once, where all tokens are there; later stages are told with each token.
-        raters = text_raters(evidence) if evidence.carry is None else evidence.carry[:, 0]
+        raters = self.raters(evidence)
         stay = self.count(n, keep) if self.scale is None else self.count_by_rank(evidence.llm_attention, raters)
         among, most = self.recycling(n - stay)
         merged = most if self.scale is not None else keep - stay
@@ -134,6 +133,14 @@ class SparseVLM(Reducer):
         anchors = torch.cat([best, take(others, centres)], 1)
         carry = raters.unsqueeze(1).expand(-1, stay + merged, -1)
         return Reduction(*raster_slots(anchors, tokens, source), carry)
+
+    def raters(self, evidence: Evidence) -> Tensor:
+        """(B, T) bool: the question's tokens that rate, found once, where all visual tokens are there; later stages are
+        told with each token."""
+        return text_raters(evidence) if evidence.carry is None else evidence.carry[:, 0]
+
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor:
+        return received(evidence.llm_attention, self.raters(evidence))
 
     def recycling(self, left: int) -> tuple[int, int]:
         """How many of ``left`` tokens that do not stay are clustered, and into how many clusters."""

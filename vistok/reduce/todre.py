@@ -61,6 +61,7 @@ class ToDRE(Recipe):
     """Encoder layer whose class-token attention names the pivot."""
 
     whole_picture: ClassVar[bool] = True
+    greedy: ClassVar[bool] = True
     one_at_a_time: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -204,9 +204,12 @@ class VFlowOpt(Reducer):
 
     def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
         """Top-k by the map that the stage before carried here."""
-        score = self.importance(evidence) if evidence.carry is None else evidence.carry
+        score = self.token_scores(evidence, layer)
         kept = Reduction.select(evidence.features, ranking(score)[:, :keep])
         return Reduction(kept.keep, kept.tokens, kept.source, take(score, kept.keep))
+
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor:
+        return self.importance(evidence) if evidence.carry is None else evidence.carry
 
 
 def patch_entropy(pixels: Tensor) -> Tensor:

@@ -99,16 +99,19 @@ class VisionDrop(Reducer):
     def compress(self, evidence: Evidence, keep: int) -> Reduction:
         heads = evidence.cls_attention.shape[1]
         metric = evidence.encoder_keys.unflatten(2, (heads, -1)).mean(2)
-        return self._stage(evidence.encoder_features, cls_mean(evidence.cls_attention), metric, keep)
+        return self._stage(evidence.encoder_features, self.token_scores(evidence), metric, keep)
 
     def at_layer(self, evidence: Evidence, keep: int, layer: int) -> Reduction:
-        score, n = evidence.llm_received, evidence.num_tokens
-        if keep in (0, n):
+        if keep in (0, evidence.num_tokens):
             x = evidence.features
             return Reduction.select(x, torch.arange(keep, device=x.device).expand(len(x), keep))
-        if self.unbiased:
-            score = score * n / torch.arange(n, 0, -1, device=score.device)
-        return self._stage(evidence.features, score, evidence.llm_keys, keep)
+        return self._stage(evidence.features, self.token_scores(evidence, layer), evidence.llm_keys, keep)
+
+    def token_scores(self, evidence: Evidence, layer: int | None = None) -> Tensor:
+        if layer is None:
+            return cls_mean(evidence.cls_attention)
+        score, n = evidence.llm_received, evidence.num_tokens
+        return score * n / torch.arange(n, 0, -1, device=score.device) if self.unbiased else score
 
     def _stage(self, x: Tensor, score: Tensor, metric: Tensor, keep: int) -> Reduction:
         contextual = min(math.ceil(self.contextual * keep - 1e-9), keep - 1)

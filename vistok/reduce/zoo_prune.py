@@ -57,6 +57,7 @@ class ZOOPrune(Recipe):
     """"norm": the length of the projected token in place of its sensitivity; needs no projector."""
 
     whole_picture: ClassVar[bool] = True
+    greedy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.directions < 1:

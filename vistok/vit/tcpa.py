@@ -249,10 +249,11 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # The claim ------------------------------------------------------------------------------------------------------------
 
 
-def transfer(trial: ViTTrial, model: nn.Module, loss: Any, steps: int, seed: int, peak_lr: float = 1e-2) -> float:
+def transfer(trial: ViTTrial, model: nn.Module, loss: Any, steps: int, seed: int, peak_lr: float = 1e-1) -> float:
     """Train ``model``, with eight classes, to name the colour of the thing in a scene; accuracy on held-out scenes.
 
-    ``loss``: (model, batch) to loss and share that is right. Equal seeds see equal pictures.
+    ``loss``: (model, batch) to loss and share that is right. Equal seeds see equal pictures. Prompts begin in -1 .. 1
+    and are normed: they want a learning rate far above that of a network.
     """
     trial.fit(model, steps, task="colours", loss=loss, batch_size=16, peak_lr=peak_lr, seed=seed)
     accuracy: float = trial.score("colours", model)["accuracy"]

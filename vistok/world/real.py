@@ -52,14 +52,24 @@ def crop(dice: Dice, size: int, test: bool, *, least: float = 0.3) -> NDArray[np
 
 
 @cache
-def _digits(test: bool) -> tuple[tuple[Image.Image, ...], ...]:
-    """By digit: 8 x 8 grey pictures of one part, each in an empty margin of one pixel."""
+def digits(test: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """(N, 8, 8) grey pictures of handwritten digits, white on black, and which digits they are, (N,); of one part."""
     with gzip.open(_file(*_DIGITS), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",")
     part = table[TRAIN_DIGITS:] if test else table[:TRAIN_DIGITS]
     grey = np.clip(part[:, :64] * (255 / 16), 0, 255).astype(np.uint8).reshape(-1, 8, 8)
+    label = part[:, 64].astype(np.int64)
+    for array in (grey, label):
+        array.setflags(write=False)
+    return grey, label
+
+
+@cache
+def _digits(test: bool) -> tuple[tuple[Image.Image, ...], ...]:
+    """By digit: 8 x 8 grey pictures of one part, each in an empty margin of one pixel."""
+    grey, label = digits(test)
     grey = np.pad(grey, ((0, 0), (1, 1), (1, 1)))
-    return tuple(tuple(Image.fromarray(one) for one in grey[part[:, 64] == digit]) for digit in range(10))
+    return tuple(tuple(Image.fromarray(one) for one in grey[label == digit]) for digit in range(10))
 
 
 def digit_grey(dice: Dice, digit: int, test: bool) -> Image.Image:

@@ -111,6 +111,12 @@ def _second_turn(processor: ProcessorMixin, question: str, answer: str, again: s
     return processor.apply_chat_template(messages, add_generation_prompt=True)[len(prompt(processor, question)) :]
 
 
+def picture_token(model: PreTrainedModel, processor: ProcessorMixin) -> str | None:
+    """What stands for a picture in a prompt, which a question therefore must not hold; None where nothing does."""
+    image = getattr(model.config, "image_token_id", None)
+    return None if image is None else processor.tokenizer.convert_ids_to_tokens(image)
+
+
 def is_diffusion(model: PreTrainedModel) -> bool:
     """Whether the model's language head is a masked-diffusion one: its configuration names a mask."""
     return getattr(model.config, "mask_token_id", None) is not None

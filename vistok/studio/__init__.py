@@ -1,0 +1,1 @@
+"""The studio: a web page where people look at visual tokens. Gradio, all of it local; needs the extra ``studio``."""
