@@ -153,6 +153,39 @@ def test_bipartite_matching_of_equal_tokens_changes_nothing():
         merge.bipartite_soft_matching(x, 6, order="similarity")
 
 
+@given(cases(), st.data())
+def test_merged_pairs_are_size_weighted_means(case: Case, data: st.DataObject):
+    """Several may join one token; slots in raster order or any other."""
+    b, n = case.mask.shape
+    r, shuffled = data.draw(st.integers(0, n - 1)), data.draw(st.booleans())
+    order = torch.stack([torch.randperm(n, generator=case.generator) for _ in range(b)])
+    gone, stay = order[:, :r], order[:, r:]
+    into = stay.gather(1, torch.randint(0, n - r, (b, r), generator=case.generator))
+    size = sizes(case)
+    merged = merge.merge_pairs(case.x, gone, into, size, stay if shuffled else None)
+    conserves_mass(case.x, size, merged)
+    assert torch.equal(merged.anchor, stay if shuffled else stay.sort(1).values)
+    again = merge.size_weighted_mean(case.x, merged.source, n - r, size, merged.anchor)
+    torch.testing.assert_close((merged.tokens, merged.size), (again.tokens, again.size))
+    for p in range(b):
+        place = {token: slot for slot, token in enumerate(merged.anchor[p].tolist())}
+        joins = dict(zip(gone[p].tolist(), into[p].tolist(), strict=True))
+        assert merged.source[p].tolist() == [place[joins.get(i, i)] for i in range(n)]
+
+
+def test_what_equals_the_token_it_joins_changes_nothing():
+    x = torch.randn(2, 1, 5).expand(2, 6, 5)
+    merged = merge.merge_pairs(x, torch.tensor([[0, 5]] * 2), torch.tensor([[3, 3]] * 2), torch.rand(2, 6) + 0.1)
+    assert torch.equal(merged.tokens, x[:, :4])
+
+
+def test_soft_matching_breaks_ties_by_the_lower_index():
+    even, into = merge.soft_matching(torch.ones(1, 9, 2), 3, protected=1)
+    assert even.tolist() == [[2, 4, 6, 8]] and into.tolist() == [[1, 1, 1]]
+    with pytest.raises(ValueError, match=r"^r: got 5, must be between 0 and 4"):
+        merge.soft_matching(torch.ones(1, 9, 2), 5, protected=1)
+
+
 @given(cases(), st.integers(0, 12), st.booleans(), st.booleans())
 def test_knn_weighted(case: Case, neighbours: int, weighted: bool, normalise: bool):
     b, n = case.mask.shape

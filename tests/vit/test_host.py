@@ -376,6 +376,43 @@ def test_dense_heads_get_their_map_back(kind, fill):
             assert torch.equal(rows[i, patch], short[i, prefix + far.index(min(far))])
 
 
+@pytest.mark.parametrize("kind", ["timm-registers", "timm-dinov3"])
+@pytest.mark.parametrize("method", [TopK(keep=0.5, layers=(1, 3)), ToMe(r=9)])
+def test_intermediate_maps_are_whole_when_restored(kind, method):
+    model, x, prefix = built(kind), pixels(), KINDS[kind].prefix
+    asked = [dict(indices=None), dict(indices=2), dict(indices=[-1, 0, 3])]
+    with torch.no_grad(), vistok.apply(model, method) as session:
+        short = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)
+        normed = model.forward_intermediates(x, output_fmt="NLC", norm=True, intermediates_only=True)
+        states = session.states[1:]
+        assert [y.shape[1] for y, _ in short] == session.tokens
+    with torch.no_grad(), vistok.apply(model, method, restore="nearest"):
+        for ask, layers in zip(asked, (range(6), (4, 5), (0, 3, 5)), strict=True):
+            final, maps = model.forward_intermediates(x, **ask)
+            assert final.shape[1] == prefix + PATCHES and len(maps) == len(layers)
+            for layer, found in zip(layers, maps, strict=True):
+                whole = states[layer].unmerge(short[layer][0], "nearest")
+                assert torch.equal(found, whole.transpose(1, 2).reshape(2, 32, 8, 8))
+        maps = model.forward_intermediates(x, [1, 4], norm=True, stop_early=True, intermediates_only=True)
+        for layer, found in zip((1, 4), maps, strict=True):
+            whole = states[layer].unmerge(normed[layer], "nearest")
+            assert torch.equal(found, whole.transpose(1, 2).reshape(2, 32, 8, 8))
+        rows, firsts = zip(*model.forward_intermediates(x, 2, True, False, False, "NLC", True), strict=True)
+        assert [y.shape[1] for y in rows] == [PATCHES] * 2 and torch.equal(firsts[1], short[5][1])
+
+
+def test_intermediate_maps_of_fewer_tokens_are_refused():
+    model, x = built("timm-vit"), pixels()
+    with torch.no_grad():
+        plain = model.forward_intermediates(x, [0, 1])[1]
+        with vistok.apply(model, TopK(keep=0.25, layers=(1,))):
+            assert torch.equal(model.forward_intermediates(x, [0], intermediates_only=True)[0], plain[0])
+            with pytest.raises(ValueError, match=r"^output_fmt: got 'NCHW', but 16 tokens are left of 64 patches"):
+                model.forward_intermediates(x, [0, 1])
+        found = model.forward_intermediates(x, [0, 1], output_dict=True)["image_intermediates"]
+        assert all(map(torch.equal, found, plain)) and "forward_intermediates" not in vars(model)
+
+
 def test_averages_weigh_merged_tokens_by_size_when_restored():
     model, x = built("timm-average"), pixels()
     with torch.no_grad(), vistok.apply(model, ToMe(r=8), restore="zeros") as session:

@@ -2,8 +2,8 @@
 ``soft_matching_rounds``).
 
 Mass: the sum over slots of ``size * tokens`` equals the sum of ``size * x`` over the input tokens that were not
-dropped, and ``size`` adds up alike. ``bipartite_soft_matching``: ToMe (Bolya et al., arXiv 2210.09461).
-``soft_matching_rounds``: AIM (arXiv 2412.03248).
+dropped, and ``size`` adds up alike. ``soft_matching``, ``bipartite_soft_matching``: ToMe (Bolya et al., arXiv
+2210.09461). ``soft_matching_rounds``: AIM (arXiv 2412.03248).
 """
 
 from __future__ import annotations
@@ -143,6 +143,60 @@ def fold_contextual(
     return torch.cat([take(x, best), folded], 1), source
 
 
+def soft_matching(metric: Tensor, r: int, *, protected: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which ``r`` of N tokens are to merge: those at even positions most similar to one at an odd position.
+
+    ``metric`` (B, N, d) is compared by cosine; no gradient flows through it. Returns (B, E) int64, the even tokens by
+    falling similarity, the first ``r`` of which merge, and (B, r), the odd token that each of these is most similar to.
+    Ties go to the lower index. The first ``protected`` tokens are left out, and those that ``mask`` (B, N) marks False
+    are in no pair. ValueError where fewer than ``r`` even tokens are free.
+    """
+    b, n, _ = metric.shape
+    first, other = protected + protected % 2, protected | 1  # the first even and the first odd one that are free
+    if mask is None:  # known from the shapes: no wait for a device, no break in a compiled graph
+        most = len(range(first, n, 2)) if n > other else 0
+    else:
+        free, partners = mask[:, first::2], mask[:, other::2]
+        most = int(torch.where(partners.any(1), free.sum(1), 0).min()) if b else n
+    if not 0 <= r <= most:
+        raise ValueError(f"r: got {r}, must be between 0 and {most}, the even-placed tokens free to merge")
+    rows = unit(metric.detach())
+    similarity = torch.bmm(rows[:, first::2], rows[:, other::2].transpose(1, 2))
+    if mask is not None:
+        similarity = similarity.masked_fill(~(free[:, :, None] & partners[:, None]), -torch.inf)
+    best = similarity.amax(2) if n > other else similarity.new_zeros(similarity.shape[:2])
+    ranked = best.sort(dim=1, descending=True, stable=True).indices
+    # A row's maximum costs a fraction of where it is: that is looked for in the rows that merge only.
+    into = take(similarity, ranked[:, :r]).argmax(2) if r else ranked[:, :0]
+    return ranked * 2 + first, into * 2 + other
+
+
+def merge_pairs(
+    x: Tensor, gone: Tensor, into: Tensor, size: Tensor | None = None, anchor: Tensor | None = None
+) -> Merged:
+    """Tokens ``gone`` (B, r) of ``x`` (B, N, D) merge into the tokens ``into`` (B, r): N - r size-weighted means.
+
+    ``gone`` are distinct, and none of ``into`` is among them. ``size`` (B, N), by default 1. ``anchor`` (B, N - r): the
+    tokens that stay in the order of the slots, by default raster. A token that nothing merges into, or only what equals
+    it, keeps its value bit for bit. Does what ``size_weighted_mean`` does, but all that does not merge is only copied.
+    """
+    b, n, _ = x.shape
+    anchor = rest(gone, n) if anchor is None else anchor
+    k = anchor.shape[1]
+    slots = torch.arange(k, device=x.device).expand(b, k)
+    source = slots.new_empty(b, n).scatter_(1, anchor, slots)
+    slot = source.gather(1, into)
+    source.scatter_(1, gone, slot)
+    tokens = upcast(take(x, anchor))
+    weight = tokens.new_ones(b, n) if size is None else size.to(tokens.dtype)
+    more = take(weight, gone)
+    total = take(weight, anchor).scatter_add(1, slot, more)
+    share = more / total.gather(1, slot).clamp_min(torch.finfo(total.dtype).tiny)
+    moved = (upcast(take(x, gone)) - upcast(take(x, into))) * share[..., None]
+    tokens.flatten(0, 1).index_add_(0, flat_rows(slot, k).flatten(), moved.flatten(0, 1))  # mean = x + sum of w (y - x)
+    return Merged(tokens.to(x.dtype), source, total, anchor)
+
+
 def bipartite_soft_matching(
     x: Tensor,
     r: int,
@@ -153,48 +207,24 @@ def bipartite_soft_matching(
     mask: Tensor | None = None,
     order: Literal["raster", "author"] = "raster",
 ) -> Merged:
-    """Merge ``r`` tokens of ``x`` (B, N, D) away: those at even positions most similar (cosine) to one at an odd one.
+    """Merge ``r`` tokens of ``x`` (B, N, D) away: ``soft_matching``, then ``merge_pairs``.
 
-    Each of the ``r`` joins its most similar odd token (ties to the lower index); N - r slots, size-weighted means, each
-    anchored at its odd or unmerged token. ``metric`` (B, N, d), by default ``x``, is compared (ToMe: the keys' head
-    mean). The first ``protected`` tokens (class token) and those that ``mask`` (B, N) marks False neither merge nor are
-    merged into. Slots in raster order, or in the author's: unmerged even tokens (by falling similarity; ascending if
-    some are protected), then the odd ones. Spread the slots back with ``unmerge(tokens, source)``.
+    N - r slots, size-weighted means, each anchored at its odd or unmerged token. ``metric`` (B, N, d), by default
+    ``x``, is compared (ToMe: the keys' head mean). ``protected``, ``mask``: tokens that neither merge nor are merged
+    into (class token). Slots in raster order, or in the author's: unmerged even tokens (by falling similarity;
+    ascending if some are protected), then the odd ones. Spread the slots back with ``unmerge(tokens, source)``.
     """
     b, n, _ = x.shape
     if order not in ("raster", "author"):
         raise ValueError(f"order: got {order!r}, must be 'raster' or 'author'")
-    free = torch.arange(n, device=x.device)[None] >= protected
-    if mask is None:  # known from the shapes: no wait for a device, no break in a compiled graph
-        free = free.expand(b, n)
-        most = len(range(protected + protected % 2, n, 2)) if n > (protected | 1) else 0
-    else:
-        free = free & mask
-        places = torch.where(free[:, 1::2].any(1), free[:, ::2].sum(1), 0)
-        most = int(places.min()) if b else n
-    if not 0 <= r <= most:
-        raise ValueError(f"r: got {r}, must be between 0 and {most}, the even-placed tokens free to merge")
-
-    rows = unit(x if metric is None else metric)
-    similarity = torch.bmm(rows[:, ::2], rows[:, 1::2].transpose(1, 2))
-    similarity = similarity.masked_fill(~(free[:, ::2, None] & free[:, None, 1::2]), -torch.inf)
-    if n > 1:
-        best, into = similarity.max(2)
-    else:
-        best, into = similarity.new_zeros(b, n), free.new_zeros(b, n, dtype=torch.int64)
-    by_best = best.sort(dim=1, descending=True, stable=True).indices
-    merged, unmerged = by_best[:, :r], by_best[:, r:]
-    if protected:
-        unmerged = unmerged.sort(1).values
-    odd = torch.arange(1, n, 2, device=x.device).expand(b, n // 2)
-    anchor = torch.cat([2 * unmerged, odd], 1)
+    even, into = soft_matching(x if metric is None else metric, r, protected=protected, mask=mask)
+    gone, stay = even[:, :r], even[:, r:]
     if order == "raster":
-        anchor = anchor.sort(1).values
-    slots = torch.arange(n - r, device=x.device).expand(b, n - r)
-    source = anchor.new_full((b, n), -1).scatter(1, anchor, slots)
-    target = source.gather(1, 2 * into.gather(1, merged) + 1)
-    source = source.scatter(1, 2 * merged, target)
-    return size_weighted_mean(x, source, n - r, size, anchor)
+        return merge_pairs(x, gone, into, size)
+    if protected:
+        stay = 2 * rest(gone // 2, n - n // 2)
+    odd = torch.arange(1, n, 2, device=x.device).expand(b, n // 2)
+    return merge_pairs(x, gone, into, size, torch.cat([stay, odd], 1))
 
 
 def soft_matching_rounds(

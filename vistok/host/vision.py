@@ -74,7 +74,7 @@ class VisionRun:
     """(S,) int64: the patch at whose place the slot stands that each patch ended in, after a method inside the encoder;
     -1 where it was dropped. None without such a method."""
     saved: int = 0
-    """Floating-point operations that such a method spared the encoder."""
+    """Floating-point operations that such a method spared the encoder, or pictures that were known (``reuse``)."""
     lengths: list[tuple[int, int]] = field(default_factory=list)
     """(sequences, tokens) that each encoder layer attended over, one entry a group of equal length and layer."""
     before: VisionRun | None = None

@@ -97,13 +97,11 @@ def significance(evidence: ViTEvidence, parity: Literal["paper", "authors"] = "p
 
     "authors": summed attention times the length of the values of all heads together.
     """
-    values = evidence.values[:, :, evidence.prefix :]
+    row, values = evidence.class_row, evidence.values[:, :, evidence.prefix :]
     if parity == "authors":
-        wide = length(values.transpose(1, 2).flatten(2))
-        score = evidence.class_row.sum(1) * wide
+        score = row.sum(1) * length(values.transpose(1, 2).flatten(2))
     else:
-        heads = evidence.class_row.shape[1] // values.shape[1]
-        score = (evidence.class_row * length(values).repeat_interleave(heads, 1)).sum(1)
+        score = (row * length(values).repeat_interleave(row.shape[1] // values.shape[1], 1)).sum(1)
     score = score.double() + torch.finfo(torch.float32).tiny
     return score / score.sum(1, keepdim=True)
 

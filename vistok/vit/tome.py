@@ -15,10 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.nn.functional import pad
-
 from vistok.catalogue.card import Card, Outcome, ViTTrial
-from vistok.core.merge import bipartite_soft_matching
+from vistok.core.merge import soft_matching
 from vistok.host.keep import Keep, check_keep
 from vistok.host.vit import Stage, TokenState, ViTEvidence, ViTReducer
 
@@ -67,10 +65,9 @@ class ToMe(ViTReducer):
         return tokens - min(int(first + step * stage.layer), tokens // 2)
 
     def reduce(self, state: TokenState, evidence: ViTEvidence, count: int) -> TokenState:
-        p = state.prefix  # the prefix takes part in the alternation, as in the paper, but in no merge
-        size = pad(state.size, (p, 0), value=1.0)
-        merged = bipartite_soft_matching(state.x, state.num_slots - count, metric=evidence.keys, size=size, protected=p)
-        return state.regroup(merged.tokens[:, p:], merged.source[:, p:] - p, merged.anchor[:, p:] - p)
+        r = state.num_slots - count  # the prefix takes part in the alternation, as in the paper, but in no merge
+        even, into = soft_matching(evidence.keys, r, protected=state.prefix)
+        return state.merge_pairs(even[:, :r], into)
 
 
 def claim(trial: ViTTrial) -> Outcome:

@@ -9,7 +9,8 @@ How a block ``x = x + attention(norm1(x)); x = x + mlp(norm2(x))`` comes to have
 
 Of the tokens that are gone the block computes no MLP, only that one addition; gradients flow as in a block written for
 it. Steps without evidence (``TokenStep``) run before and after the block, on what it is given and what it leaves.
-Nothing else in the model changes: no class, attribute, parameter or buffer. ``torch.compile`` traces through the hooks,
+Nothing else in the model changes: no class, parameter or buffer, and of its attributes only timm's
+``forward_intermediates`` is shadowed (see ``intermediates``). ``torch.compile`` traces through the hooks,
 so that a model with a method in it still compiles to one graph.
 """
 
@@ -31,6 +32,7 @@ from vistok.host.hooks import Hooks
 from vistok.host.hosts.base import UnsupportedModel
 from vistok.host.layout import plain
 from vistok.host.pictures import Picture
+from vistok.host.vit.intermediates import with_whole_maps
 from vistok.host.vit.models import ViT
 from vistok.host.vit.reducer import Stage, TokenStep, ViTEvidence, ViTReducer
 from vistok.host.vit.state import Fill, TokenState
@@ -230,6 +232,9 @@ class ViTEngine:
                     hooks.before(block.norm, partial(self._halfway, layer))
                     hooks.after(block.branch, self._takes)
             hooks.after(block.module, partial(self._leaves, layer))
+        if call := getattr(self.vit.tower, "forward_intermediates", None):
+            shadow = with_whole_maps(call, self.depth, lambda: self._run().left, self.restore or None)
+            hooks.shadow(self.vit.tower, "forward_intermediates", shadow)
 
     def close(self) -> None:
         if self.log.run is not None:
@@ -314,7 +319,8 @@ class ViTEngine:
         return output
 
     def _restores(self, fill: Fill, module: Any, args: Any, output: Any) -> Any:
-        return self._run().left[self.depth - 1].restored(output, fill)
+        *_, last = self._run().left.values()  # not always the last block's: timm may norm what leaves each of them
+        return last.restored(output, fill)
 
     # What they share --------------------------------------------------------------------------------------------------
 

@@ -114,10 +114,11 @@ def apply_vit(
 
     ``methods``: names of systems of the family, or ViTReducers; several must act at different blocks. ``keep``: that of
     a method given by name, as its paper counts (most: the share of the tokens that stay at each of its blocks); for
-    several methods one each. ``restore``: give the model's dense output (``forward_features``, ``last_hidden_state``)
-    a row for every patch again, dropped ones "zeros" or those of the "nearest" token that is left. Without it they
-    have a row for each token that is left, so that a head which averages patches averages these alike; with it each
-    merged token counts as often as the patches it stands for. ``hyper``: hyper-parameters of a method given by name.
+    several methods one each. ``restore``: give the model's dense output (``forward_features``, ``last_hidden_state``,
+    timm's ``forward_intermediates``) a row for every patch again, dropped ones "zeros" or those of the "nearest" token
+    that is left. Without it they have a row for each token that is left, so that a head which averages patches averages
+    these alike; with it each merged token counts as often as the patches it stands for. ``hyper``: hyper-parameters of
+    a method given by name.
 
     Raises ``UnsupportedModel``, ``ValueError`` for wrong arguments, ``RuntimeError`` on entering a model that has a
     method in it.

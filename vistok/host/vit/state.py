@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vistok.core.merge import unmerge
+from vistok.core.merge import merge_pairs, unmerge
 from vistok.core.position import order
 from vistok.core.tensors import take
 
@@ -41,6 +42,8 @@ class TokenState:
     """P"""
     merged: bool = False
     """Whether a slot may stand for anything but one patch."""
+    dropped: bool = False
+    """Whether a patch may be in no slot."""
     visible: Tensor | None = None
     """(B, K) in 0..1: 1 for a slot that is seen, 0 for one that attention is to pass over (as if it were gone, for
     training); None where all are seen. Gradients flow through it."""
@@ -99,12 +102,14 @@ class TokenState:
         k = index.shape[1]
         into = self.anchor.new_full(self.anchor.shape, -1)
         into = into.scatter(1, index, torch.arange(k, device=index.device).expand_as(index))
+        prefix = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
         return replace(
             self,
-            x=self._with_prefix(take(self.slots, index)),
+            x=take(self.x, torch.cat([prefix, index + self.prefix], 1)),
             size=take(self.size, index),
             source=self._source(into),
             anchor=take(self.anchor, index),
+            dropped=True,
             visible=None if self.visible is None else take(self.visible, index),
         )
 
@@ -131,7 +136,28 @@ class TokenState:
             source=source,
             anchor=places,
             merged=True,
+            dropped=True,
             visible=seen,
+        )
+
+    def merge_pairs(self, gone: Tensor, into: Tensor) -> TokenState:
+        """The tokens ``gone`` (B, r) int64 merge into the tokens ``into`` (B, r), as means weighted by size; slots stay
+        in their order. Both count from the first of the prefix on, none of which is among them."""
+        p = self.prefix
+        # Of the whole of x, so that the values need not be copied once more behind the prefix.
+        merged = merge_pairs(self.x, gone, into, pad(self.size, (p, 0), value=1.0))
+        anchor, size = merged.anchor[:, p:] - p, merged.size[:, p:].to(self.size.dtype)
+        source, places = self._source(merged.source[:, p:] - p), take(self.anchor, anchor)
+        if self.added:
+            places = torch.where((places < 0) & (size > 0), self._first(source, anchor.shape[1]), places)
+        return replace(
+            self,
+            x=merged.tokens,
+            size=size,
+            source=source,
+            anchor=places,
+            merged=True,
+            visible=None if self.visible is None else take(self.visible, anchor),
         )
 
     def add(self, values: Tensor, held: bool = False) -> TokenState:
@@ -206,12 +232,14 @@ class TokenState:
         if self.visible is not None:
             seen = (self.visible + HIDDEN * (1 - self.visible)).log()
             bias = seen if bias is None else bias + seen
-        return None if bias is None else torch.nn.functional.pad(bias, (self.prefix, 0)).to(dtype)[:, None, None]
+        return None if bias is None else pad(bias, (self.prefix, 0)).to(dtype)[:, None, None]
 
     def _with_prefix(self, values: Tensor) -> Tensor:
         return torch.cat([self.x[:, : self.prefix], values], 1)
 
     def _source(self, into: Tensor) -> Tensor:
+        if not self.dropped:
+            return take(into, self.source)
         return torch.where(self.source < 0, -1, take(into, self.source.clamp_min(0)))
 
     def _first(self, source: Tensor, k: int) -> Tensor:
