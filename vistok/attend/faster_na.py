@@ -17,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vistok.catalogue.card import AttendTrial, Card, Outcome
-from vistok.core.attention import Dense, Executor, GridWindow, attend_grid
+from vistok.core.attention import Dense, GridWindow, attend_grid
+from vistok.parts.grid_attention import GridAttention
 
 CARD = Card(
     title="Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level",
@@ -37,7 +37,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class NeighborhoodAttention:
+class NeighborhoodAttention(GridAttention):
     """The operator. ``kernel``, ``dilation`` and ``causal``: one for all axes, or one for each."""
 
     kernel: int | tuple[int, ...] = 7
@@ -50,22 +50,6 @@ class NeighborhoodAttention:
     def pattern(self, shape: tuple[int, ...]) -> GridWindow:
         """Which keys each query of a grid of ``shape`` sees. Raises ValueError if kernel * dilation does not fit."""
         return GridWindow(shape, self.kernel, 1, self.dilation, self.causal)
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None = None,
-        extra_kv: tuple[Tensor, Tensor] | None = None,
-        return_lse: bool = False,
-        executor: Executor = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, *grid, H, dv) of ``q``, ``k``, ``v`` (B, *grid, H or fewer, d), heads last; and with ``return_lse`` the
-        log-sum-exp of each row (B, *grid, H). ``extra_kv``: keys and values (B, E, H or fewer, d) that every query sees
-        too."""
-        pattern = self.pattern(tuple(q.shape[1:-2]))
-        return attend_grid(q, k, v, pattern, scale, extra_kv, return_lse, executor)
 
 
 def claim(trial: AttendTrial) -> Outcome:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vistok.catalogue.card import AttendTrial, Card, Outcome
-from vistok.core.attention import Executor, GridWindow, attend_grid, best_stride
+from vistok.core.attention import GridWindow, best_stride
+from vistok.parts.grid_attention import GridAttention
 
 CARD = Card(
     title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
@@ -33,7 +33,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class GeneralizedNeighborhoodAttention:
+class GeneralizedNeighborhoodAttention(GridAttention):
     """The operator. All values: one for all axes, or one for each."""
 
     kernel: int | tuple[int, ...] = 16
@@ -48,22 +48,6 @@ class GeneralizedNeighborhoodAttention:
     def pattern(self, shape: tuple[int, ...]) -> GridWindow:
         """Which keys each query of a grid of ``shape`` sees. Raises ValueError if the kernel or stride does not fit."""
         return GridWindow(shape, self.kernel, self.stride, self.dilation, self.causal)
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None = None,
-        extra_kv: tuple[Tensor, Tensor] | None = None,
-        return_lse: bool = False,
-        executor: Executor = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, *grid, H, dv) of ``q``, ``k``, ``v`` (B, *grid, H or fewer, d), heads last; and with ``return_lse`` the
-        log-sum-exp of each row (B, *grid, H). ``extra_kv``: keys and values (B, E, H or fewer, d) that every query sees
-        too."""
-        pattern = self.pattern(tuple(q.shape[1:-2]))
-        return attend_grid(q, k, v, pattern, scale, extra_kv, return_lse, executor)
 
 
 def claim(trial: AttendTrial) -> Outcome:

@@ -58,8 +58,8 @@ def trial(
 
 def _trial(family: str, model: str, pictures: int, seed: int) -> Any:
     """What claims are measured with: ``model`` and the world; of vision transformers the zoo's classifier, or another
-    one that is named, and 256 pictures of objects; of attention operators tensors alone; of
-    tokenizers small ones trained on the spot."""
+    one that is named, and 256 pictures of objects; of attention operators tensors, and small
+    networks trained on the spot on digits; of tokenizers small ones trained on the spot."""
     if family == "attend":
         from vistok.bench.attend_trial import AttendTrial
 
