@@ -80,7 +80,7 @@ def request(image: Image.Image, question: str, method: str | None, keep: float |
 
 def measure(model: Any, processor: Any, method: str | None, keep: float | None, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each run: {"none": ..., "first": ..., "second": ...}."""
-    image = Image.fromarray(sample("scenes", 1, seed=5, size=112, split="test")[0].image)
+    image = Image.fromarray(next(iter(sample("scenes", 1, seed=5, size=112, split="test"))).image)
     asked, later = (request(image, question, method, keep) for question in QUESTIONS)
     known = FeatureCache(model, MAX_BYTES)
     plain = Runner(model, processor)

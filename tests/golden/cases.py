@@ -4,7 +4,9 @@ The folder is named by ``VISTOK_GOLDEN``, by default ``../shared/golden`` from t
 ``<family>/<slug>-<case>.safetensors`` with tensors ``in.*`` and ``out.*``; see the folder's README for its metadata.
 An adapter is ``adapters/<slug_with_underscores>.py`` with ``run(case) -> dict of outputs by name``. It may assume
 nothing of sizes and seeds. Its ``FINDINGS``, {case name: reason}, names the vectors that we rightly do not match: they
-must fail, and say why. Cases whose inputs are fields of Evidence need no adapter: ``adapters/evidence.py`` is theirs.
+must fail, and say why. Its ``WAITS``, beginnings of case names, are parts of the system that are not here yet: those
+cases wait as if it had no adapter. Cases whose inputs are fields of Evidence need no adapter: ``adapters/evidence.py``
+is theirs.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def adapter_of(case: Case) -> ModuleType | None:
     slug = case.slug([*catalogue.names(), *(p.stem.replace("_", "-") for p in ADAPTERS.glob("*.py"))])
     own = ADAPTERS / f"{slug.replace('-', '_')}.py"
     if own.exists():
-        return _load(own)
+        adapter = _load(own)
+        return None if case.path.stem.startswith(tuple(getattr(adapter, "WAITS", ()))) else adapter
     given = {name.removeprefix("in.").split(".")[0] for name in case.names if name.startswith("in.")}
     wanted = {name.removeprefix("out.") for name in case.names if name.startswith("out.")}
     fits = slug in catalogue.names() and given <= EVIDENCE and wanted <= {"keep", "tokens", "source"}

@@ -4,7 +4,9 @@
 ``select`` (which ones stay; ``greedy`` and ``cluster`` hold its longer algorithms), ``merge`` (where the others end),
 ``position`` (order and position ids of what stays), ``soft`` and ``supertoken`` (tokens that are weighted means of
 others), ``scan`` (state space models), ``attention`` (the few rows and means of a map that scores need),
-``flops`` (what a transformer of given shapes costs).
+``flops`` (what a transformer of given shapes costs). For tokenizers: ``codes`` and ``quantize`` (vectors to ids and
+back), ``drop`` (nested dropout), ``visibility`` (masks), ``flow`` (rectified flow), ``masked`` (masked token models),
+``losses`` and ``fidelity`` (PSNR, SSIM, Frechet distance).
 
 Conventions. B pictures, N tokens, K kept, D features. ``mask`` (B, N) is bool, False at a padded token, which is never
 selected. Ties of computed values break by the lower index, so that a CPU and a GPU agree. Features in half precision

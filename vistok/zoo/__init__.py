@@ -69,14 +69,24 @@ def load(
 
     ``weights``: those of the linear layers in so many bits, by torchao ("int8": a scale a row; "int4": one for 32
     values, kept in bytes while it runs); activations stay in ``dtype``. Only safetensors weights are read and no code
-    of the model's folder is run. A folder with a vision transformer of timm goes to ``load_vit``. Raises ModelNotFound,
-    and ValueError for other ``weights`` (a vision transformer takes None).
+    of the model's folder is run. A folder with a vision transformer of timm goes to ``load_vit``, one with a tokenizer
+    to ``vistok.parts.tokenizer.load_tokenizer``. Raises ModelNotFound, and ValueError for other ``weights`` (these two
+    take None).
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from vistok.parts.tokenizer import holds_tokenizer, load_tokenizer
+
     from .vit import holds_vit
 
+    if holds_tokenizer(locate(name)):
+        if weights is not None or dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"dtype, weights: got {dtype!r} and {weights!r}, must be 'float32' and None for a tokenizer"
+            )
+        made: Any = load_tokenizer(locate(name))
+        return made.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if holds_vit(locate(name)):
         if weights is not None:
             raise ValueError(f"weights: got {weights!r}, must be None for a vision transformer")
