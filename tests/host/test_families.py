@@ -42,8 +42,10 @@ def places_in(by_hand):
     return lambda columns: torch.tensor([place[c] for c in columns.tolist()], dtype=torch.int64)
 
 
-def same_rows(model, batch, got, left, stages=None, given=None, atol=2e-5):
-    """``got`` (B, T', V) against each row's run by hand; its padding (if any) is skipped."""
+def same_rows(model, batch, got, left, stages=None, given=None, atol=1e-4):
+    """``got`` (B, T', V) against each row's run by hand; its padding (if any) is skipped.
+
+    Rows of a batch and rows alone are multiplied in another order: 5e-5 apart on one processor, 1e-5 on another."""
     mask = batch.inputs["attention_mask"]
     given = given or language_inputs(model, **batch.inputs)
     for row in range(len(mask)):

@@ -51,14 +51,17 @@ def url(slow_model: Path) -> Iterator[str]:
     limits = Limits(request_bytes=400_000, picture_bytes=200_000)
     settings = Settings(models=(MODEL, str(slow_model)), max_wait_ms=20, media=MediaPolicy(limits))
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    alone = not ray.is_initialized()  # the tests of the engine may have left theirs running in this process
+    if alone:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment(settings, Access((KEY,)), Replicas(2, 2), grace_s=5), name="vistok", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
-        ray.shutdown()
+        if alone:
+            ray.shutdown()
 
 
 def running(url: str) -> set[str]:
