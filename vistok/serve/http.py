@@ -13,6 +13,9 @@ from vistok.serve.limits import Limits
 
 CONNECTIONS = 1_024
 """Connections at a time; one more is answered with status 503."""
+KEEP_ALIVE_SECONDS = 75
+"""How long a connection may be idle: longer than clients keep one (httpx, and with it the openai package: 5 s), so that
+none is closed here just as its client uses it again."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -47,6 +50,7 @@ def server_config(app: Any, limits: Limits, grace_s: float) -> uvicorn.Config:
         ws="none",
         h11_max_incomplete_event_size=limits.header_bytes,
         limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         server_header=False,
         proxy_headers=False,
         access_log=False,
