@@ -105,8 +105,8 @@ def test_the_place_of_a_client_that_went_away_is_free_again(url: str, slow_model
     head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
     with socket.create_connection((host, int(port)), 10) as peer:
         peer.sendall(head.encode() + text)
-        wait_until(lambda: any(line.endswith(" 1.0") for line in running(url)), 5)
-    wait_until(lambda: all(line.endswith(" 0.0") for line in running(url)), 2)
+        wait_until(lambda: any(line.endswith(" 1.0") for line in running(url)), 30)
+    wait_until(lambda: all(line.endswith(" 0.0") for line in running(url)), 20)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:
