@@ -154,9 +154,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schema["properties"]["model"]["enum"] = list(service.settings.names)
-    streamed: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": {}}}
-    }
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
     @app.post(
         "/v1/chat/completions",
