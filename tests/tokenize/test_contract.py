@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -11,12 +13,13 @@ from vistok.core.codes import Codes
 from vistok.parts.tokenizer import load_tokenizer
 
 SIZE = 16
-SMALL = {
-    "titok": dict(size="T", tokens=6, image=SIZE, patch=4, codes=32, dim=4, restart_after=3),
-    "one-d-piece": dict(size="T", tokens=6, image=SIZE, patch=4, codes=32, dim=4, restart_after=3, per="sample"),
-    "vq-grid": dict(size="T", image=SIZE, patch=4, codes=32, dim=4, restart_after=3),
-}
-"""Hyper-parameters of a small network, where the defaults make a large one."""
+
+
+def small(name):
+    """Hyper-parameters of a small network for pictures of ``SIZE``: ``SMALL`` of the system's own test."""
+    return importlib.import_module(f"tests.tokenize.test_{name.replace('-', '_')}").SMALL
+
+
 NAMES = [card.slug for card in systems("tokenize") if hasattr(vistok.create(card.slug), "build")]
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -24,7 +27,7 @@ every = pytest.mark.parametrize("name", NAMES)
 def built(name, seed=0, steps=1, **hyper):
     """The system's tokenizer, in evaluation mode, after ``steps`` training forwards (which fill its table)."""
     torch.manual_seed(seed)
-    model = vistok.create(name, **{**SMALL.get(name, {}), **hyper}).build()
+    model = vistok.create(name, **{**small(name), **hyper}).build()
     for step in range(steps):
         model(pictures(4, step))
     return model.eval()
@@ -43,6 +46,10 @@ def test_the_round_trip_closes(name):
     picture = model.decode(codes)
     assert picture.shape == x.shape and picture.dtype == torch.float32
     assert float(picture.min()) >= 0 and float(picture.max()) <= 1
+    assert torch.equal(model.decode(codes), picture) and torch.equal(model.encode(x).z, codes.z)
+    if codes.ids is None:
+        assert codes.format.sizes == () and codes.bits.tolist() == [32 * codes.z[0].numel()] * len(x)
+        return
     assert torch.equal(model.bottleneck.ids_to_z(codes.ids, model.grid), codes.z)
     assert torch.equal(model.decode_ids(codes.ids), picture)
     assert torch.equal(model.decode(Codes(codes.ids, None, codes.format)), picture)
@@ -56,10 +63,13 @@ def test_a_model_in_half_precision_keeps_the_round_trip(name, dtype):
     model = built(name).to(dtype)
     codes = model.encode(pictures().to(dtype))
     assert codes.z.dtype == torch.float32
+    assert model.decode(codes).dtype == torch.float32
+    if codes.ids is None:
+        return
     assert torch.equal(model.bottleneck.ids_to_z(codes.ids, model.grid), codes.z)
     assert torch.equal(model.decode_ids(codes.ids), model.decode(codes))
     back = model.float()
-    again = vistok.create(name, **SMALL[name]).build()
+    again = vistok.create(name, **small(name)).build()
     again.load_state_dict(back.state_dict())
     assert torch.equal(again.eval().bottleneck.ids_to_z(codes.ids, model.grid), codes.z)
 
@@ -70,7 +80,7 @@ def test_pictures_do_not_see_one_another(name):
     model, x = built(name), pictures()
     together, alone = model.encode(x), model.encode(x[:1])
     torch.testing.assert_close(together.z[:1], alone.z, atol=1e-5, rtol=1e-5)
-    assert torch.equal(together.ids[:1], alone.ids)
+    assert together.ids is None or torch.equal(together.ids[:1], alone.ids)
     torch.testing.assert_close(model.decode(together)[:1], model.decode(alone), atol=1e-5, rtol=1e-5)
 
 
@@ -81,7 +91,7 @@ def test_beginnings(name):
     model = built(name)
     codes = model.encode(pictures())
     if not model.flexible:
-        cut = Codes(codes.ids[:, :-1], codes.z[:, :-1], codes.format)
+        cut = Codes(None if codes.ids is None else codes.ids[:, :-1], codes.z[:, :-1], codes.format)
         with pytest.raises(ValueError, match="decodes no prefix"):
             model.decode(cut)
         return
@@ -92,6 +102,8 @@ def test_beginnings(name):
     for i, k in enumerate(lengths.tolist()):
         torch.testing.assert_close(each[i], model.decode(codes.prefix(k))[i], atol=1e-5, rtol=1e-5)
     stored = codes.prefix(lengths).ids
+    if stored is None:
+        return
     torch.testing.assert_close(model.decode_ids(stored), each)
     assert not torch.allclose(model.decode(codes.prefix(1)), whole, atol=1e-4)
     with pytest.raises(ValueError, match="-1 must stand at the end only"):
@@ -101,8 +113,7 @@ def test_beginnings(name):
 @every
 def test_training_teaches_all_of_it(name):
     model = built(name).train()
-    made, codes = model(pictures(4))
-    ((made - pictures(4)).square().mean() + codes.loss).backward()
+    model.objective(pictures(4)).backward()
     learned = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {key for key, p in model.named_parameters() if p.requires_grad} - learned == set()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -114,10 +125,10 @@ def test_the_loss_falls(name):
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     found = []
     for _ in range(15):
-        made, codes = model(x)
-        error = (made - x).square().mean()
+        torch.manual_seed(0)  # a flow draws the same noise each time
+        error = model.objective(x)
         optimizer.zero_grad()
-        (error + codes.loss).backward()
+        error.backward()
         optimizer.step()
         found.append(float(error.detach()))
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
@@ -131,10 +142,10 @@ def test_folders(name, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     other = load_tokenizer(folder)
     assert type(other) is type(model) and other.recipe == model.recipe and not other.training
-    assert torch.equal(other.encode(x).ids, model.encode(x).ids)
+    assert torch.equal(other.encode(x).z, model.encode(x).z)
     assert torch.equal(other.decode(other.encode(x)), model.decode(model.encode(x)))
     loaded = vistok.load(folder, device="cpu")
-    assert type(loaded) is type(model) and torch.equal(loaded.encode(x).ids, model.encode(x).ids)
+    assert type(loaded) is type(model) and torch.equal(loaded.encode(x).z, model.encode(x).z)
 
 
 @every
@@ -155,8 +166,10 @@ def test_pictures_that_cannot_be(name):
     ):
         with pytest.raises(ValueError, match=message):
             model.encode(x)
-    with pytest.raises(ValueError, match="ids: got 99, must be below"):
-        model.decode_ids(torch.full_like(model.encode(pictures()).ids, 99))
+    ids = model.encode(pictures()).ids
+    if ids is not None:
+        with pytest.raises(ValueError, match="ids: got 99999, must be below"):
+            model.decode_ids(torch.full_like(ids, 99999))
 
 
 def test_folders_without_a_tokenizer(tmp_path):

@@ -8,6 +8,8 @@ import torch
 from tests.tokenize.test_contract import built, pictures
 from vistok.tokenize.one_d_piece import OneDPiece
 
+SMALL = dict(size="T", tokens=6, image=16, patch=4, codes=32, dim=4, restart_after=3, per="sample")
+
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_training_shows_any_number_of_tokens_and_never_none(per):

@@ -12,7 +12,8 @@ from vistok.parts.tokenizer import load_tokenizer
 from vistok.tokenize.titok import TiTok
 from vistok.tokenize.vq_grid import VQGrid
 
-SMALL = TiTok("T", 6, SIZE, 4, 32, 4, None)
+SMALL = dict(size="T", tokens=6, image=SIZE, patch=4, codes=32, dim=4, restart_after=3)
+RECIPE = TiTok("T", 6, SIZE, 4, 32, 4, None)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_codes_are_unit_vectors():
 def test_a_slot_is_a_token_and_in_the_released_encoder_it_is_not():
     """Of the right encoder a token comes from its slot alone; the released one mixes slices of all slots."""
     for parity, expected in (("paper", [False, False, True, False, False, False]), ("authors", [True] * 6)):
-        encoder = replace(SMALL, parity=parity).build().encoder
+        encoder = replace(RECIPE, parity=parity).build().encoder
         put = _Put(torch.randn(1, 6, 96))
         encoder.norm_in = encoder.norm_out = torch.nn.Identity()
         encoder.blocks = torch.nn.ModuleList([put])
@@ -64,7 +65,7 @@ class _Put(torch.nn.Module):
 
 
 def test_first_stage_learns_the_ids_of_the_proxy(proxy):
-    model = SMALL.build(proxy).train()
+    model = RECIPE.build(proxy).train()
     x = pictures(4)
     target = model.proxy.encode(x).ids
     held = {key: value.clone() for key, value in model.proxy.state_dict().items()}
@@ -84,7 +85,7 @@ def test_first_stage_learns_the_ids_of_the_proxy(proxy):
 
 
 def test_second_stage_leaves_encoder_latents_and_codebook_alone(proxy):
-    model = SMALL.build(proxy)
+    model = RECIPE.build(proxy)
     model.begin_second_stage()
     model.train()
     frozen = {k: v.clone() for k, v in model.state_dict().items() if k.startswith(("encoder.", "bottleneck."))}
@@ -101,7 +102,7 @@ def test_second_stage_leaves_encoder_latents_and_codebook_alone(proxy):
 
 @torch.no_grad()
 def test_sure_logits_are_the_proxy_itself(proxy):
-    model = SMALL.build(proxy).eval()
+    model = RECIPE.build(proxy).eval()
     ids = model.proxy.encode(pictures()).ids
     sure = torch.where(torch.nn.functional.one_hot(ids, 32).bool(), 0.0, -torch.inf)
     model.logits = lambda z, mask=None: sure.transpose(1, 2).unflatten(2, (4, 4))
@@ -110,7 +111,7 @@ def test_sure_logits_are_the_proxy_itself(proxy):
 
 @torch.no_grad()
 def test_a_tokenizer_with_a_proxy_goes_through_a_folder(proxy, tmp_path):
-    model = SMALL.build(proxy).eval()
+    model = RECIPE.build(proxy).eval()
     other = load_tokenizer(model.save(tmp_path))
     assert torch.equal(other.decode(other.encode(pictures())), model.decode(model.encode(pictures())))
 
@@ -121,9 +122,9 @@ def test_refusals(proxy):
     with pytest.raises(ValueError, match=r"proxy: must have one table and a grid of 2 x 2 tokens"):
         TiTok("T", 6, SIZE, 8, 32, 4).build(proxy)
     with pytest.raises(ValueError, match="proxy: got None"):
-        SMALL.build().proxy_loss(pictures())
+        RECIPE.build().proxy_loss(pictures())
     with pytest.raises(ValueError, match="state: lacks"):
-        SMALL.build().load_published({"latent_tokens": torch.zeros(6, 96)})
+        RECIPE.build().load_published({"latent_tokens": torch.zeros(6, 96)})
 
 
 def test_published_names_load():

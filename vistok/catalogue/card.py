@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -175,21 +175,38 @@ class AttendTrial(Protocol):
 class TokenizeTrial(Protocol):
     """What a claim about a tokenizer is measured with; ``vistok.bench.tokenize_trial`` implements it."""
 
+    pictures: int
+    """How many held-out pictures there are."""
     seed: int
     """Of trainings."""
     size: int
     """Side of a picture in pixels."""
 
-    def fit(self, model: Any, steps: int, **how: Any) -> list[float]:
-        """Train ``model`` in place on pictures of the world; the losses. Equal seeds see equal pictures."""
+    def fit(self, model: Any, steps: int, *, loss: Any = None, **how: Any) -> list[float]:
+        """Train ``model`` in place on pictures of the world; the losses. Equal seeds see equal pictures.
+
+        ``loss``: (model, pictures, labels) -> scalar, in place of the tokenizer's ``objective``.
+        """
         ...
 
     def psnr(self, model: Any, k: int | None = None) -> float:
         """Mean over held-out pictures, in dB, of all tokens or of the first ``k``."""
         ...
 
+    def probe(self, features: Any, ridge: float = 1e-2) -> float:
+        """Share of held-out pictures whose object a linear read-out of ``features(pictures)`` (B, D) names right."""
+        ...
+
+    def code_loss(self, model: Any, generator: Any, steps: int, *, peak_lr: float = 2e-3) -> float:
+        """Nats that a held-out picture's ids cost a causal model that was trained on ids of others."""
+        ...
+
     def usage(self, model: Any) -> float:
         """Share of the codes that held-out pictures use, in [0, 1]; mean over columns of ids."""
+        ...
+
+    def held_out(self) -> Iterator[tuple[Any, Any]]:
+        """Batches of held-out pictures (B, 3, S, S) in [0, 1] and which of 18 objects each shows, (B,)."""
         ...
 
 

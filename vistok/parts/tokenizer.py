@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vistok import catalogue
 from vistok.core.codes import CodeFormat, Codes
+from vistok.core.losses import pixel
 from vistok.parts.quantize import Bottleneck
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -99,6 +100,14 @@ class Tokenizer(nn.Module):
         """The reconstruction (B, 3, H, W), not clamped, and the codes: what training needs."""
         codes = self.encode(images)
         return self.render_codes(codes), codes
+
+    def objective(self, images: Tensor) -> Tensor:
+        """What training minimises, a scalar: mean absolute and squared error of pixels, and the bottleneck's losses.
+
+        A tokenizer whose decoder learns something else (a flow's velocity, a teacher's features) says so here.
+        """
+        made, codes = self(images)
+        return pixel(made, images, "l1") + pixel(made, images) + codes.loss
 
     def render_codes(self, codes: Codes) -> Tensor:
         """``render`` of codes that carry ``z``, in the model's dtype."""
