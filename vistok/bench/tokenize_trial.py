@@ -12,6 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from vistok.core.fidelity import psnr
 from vistok.core.quantize import count_ids, usage
+from vistok.parts.vision import FrozenVision
+from vistok.zoo.vit import load_vit
 from vistok.zoo.vit_tasks import Objects, ViTBatch
 from vistok.zoo.vit_training import Pace, fit
 
@@ -51,6 +53,10 @@ class TokenizeTrial:
             return found, found.detach()
 
         return fit(model, Objects(), Pace(steps, batch_size, peak_lr), seed=self.seed, size=DRAWN, loss=step)
+
+    def vision(self, prefix: bool = False) -> FrozenVision:
+        """The zoo's vision transformer, frozen: an encoder or a teacher, 12 x 12 patches of 96 channels."""
+        return FrozenVision(load_vit("vistok-vit", device="cpu"), prefix)
 
     @torch.no_grad()
     def psnr(self, model: Any, k: int | None = None) -> float:

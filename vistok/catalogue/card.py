@@ -189,6 +189,10 @@ class TokenizeTrial(Protocol):
         """
         ...
 
+    def vision(self, prefix: bool = False) -> Any:
+        """The zoo's frozen vision transformer: pictures (B, 3, S, S) in [0, 1] to patch features (B, 144, 96)."""
+        ...
+
     def psnr(self, model: Any, k: int | None = None) -> float:
         """Mean over held-out pictures, in dB, of all tokens or of the first ``k``."""
         ...
