@@ -18,9 +18,10 @@ from vistok.cli.options import check_folder
 
 if TYPE_CHECKING:
     from vistok.zoo.training import Recipe
+    from vistok.zoo.visual_tokenizers import TokenizerRecipe
     from vistok.zoo.vit_training import ViTRecipe
 
-AnyRecipe: TypeAlias = "Recipe | ViTRecipe"
+AnyRecipe: TypeAlias = "Recipe | ViTRecipe | TokenizerRecipe"
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 CHECKPOINT_EVERY = 25
 INTERRUPTED = 130
@@ -127,8 +128,11 @@ def stop_at_checkpoint() -> Iterator[Any]:
 def _trainer(recipe: AnyRecipe) -> Any:
     """The function that trains it."""
     from vistok.zoo.training import train as train_vlm
+    from vistok.zoo.visual_tokenizers import TokenizerRecipe, train_tokenizer
     from vistok.zoo.vit_training import ViTRecipe, train_vit
 
+    if isinstance(recipe, TokenizerRecipe):
+        return train_tokenizer
     return train_vit if isinstance(recipe, ViTRecipe) else train_vlm
 
 
@@ -136,11 +140,14 @@ def _write_card(recipe: AnyRecipe, folder: Path) -> None:
     """Measure the model that was saved and write its model card."""
     from vistok.zoo import load, load_processor
     from vistok.zoo.evaluation import write_model_card
+    from vistok.zoo.visual_tokenizers import TokenizerRecipe, write_tokenizer_card
     from vistok.zoo.vit_evaluation import write_vit_card
     from vistok.zoo.vit_training import ViTRecipe
 
     _say("measuring it on held-out pictures")
-    if isinstance(recipe, ViTRecipe):
+    if isinstance(recipe, TokenizerRecipe):
+        card = write_tokenizer_card(recipe, load(folder, device="cpu"), folder)
+    elif isinstance(recipe, ViTRecipe):
         card = write_vit_card(recipe, load(folder), folder)
     else:
         card = write_model_card(recipe, load(folder), load_processor(folder), folder)

@@ -148,20 +148,26 @@ class Tokenizer(nn.Module):
         inside = {name: part.config() for name, part in self.named_children() if isinstance(part, Tokenizer)}
         return {"tokenizer": system, "hyper": asdict(self.recipe), "parts": inside}
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, half: bool = False) -> Path:
         """Write ``config.json`` and ``model.safetensors`` to ``folder`` and return it; each file is whole or not there.
 
-        ``load_tokenizer`` reads it.
+        ``load_tokenizer`` reads it. ``half``: float32 weights are stored as float16, codebooks too; ids that lie
+        between two codes may change.
         """
         path = Path(folder)
         told = json.dumps(self.config(), indent=2) + "\n"
         path.mkdir(parents=True, exist_ok=True)
         weights, config = path / f".{WEIGHTS}", path / f".{CONFIG}"
-        save_file({key: value.detach().contiguous().clone() for key, value in self.state_dict().items()}, weights)
+        save_file({key: _stored(value, half) for key, value in self.state_dict().items()}, weights)
         config.write_text(told, "utf-8")
         os.replace(weights, path / WEIGHTS)
         os.replace(config, path / CONFIG)
         return path
+
+
+def _stored(value: Tensor, half: bool) -> Tensor:
+    kept = value.detach().contiguous().clone()
+    return kept.half() if half and kept.dtype == torch.float32 else kept
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -1,11 +1,12 @@
 """Small models that this project trained: their recipes, and their weights as ordinary Hugging Face folders.
 
 ``load("vistok-tiny")`` and ``load("llava-hf/llava-1.5-7b-hf")`` go the same way: ``AutoModelForImageTextToText``.
-``load("vistok-vit")`` is a vision transformer of timm (``vistok.zoo.vit``).
+``load("vistok-vit")`` is a vision transformer of timm (``vistok.zoo.vit``), ``load("titok-tiny")`` a visual tokenizer.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +21,16 @@ class ModelNotFound(LookupError):
     """A name that is neither a shipped model, nor a folder with a model, nor a reachable model of the hub."""
 
 
-def shipped(kind: Literal["vlm", "vit"] = "vlm") -> list[str]:
-    """Names of the models inside the package: the vision-language models, or the vision transformers."""
-    folders = [file.parent for file in MODELS.glob("*/config.json")]
-    return sorted(
-        folder.name for folder in folders if folder.joinpath("processor_config.json").exists() == (kind == "vlm")
-    )
+def shipped(kind: Literal["vlm", "vit", "tokenizer"] = "vlm") -> list[str]:
+    """Names of the models inside the package: vision-language models, vision transformers, or visual tokenizers."""
+    folders = (file.parent for file in MODELS.glob("*/config.json"))
+    return sorted(folder.name for folder in folders if _kind(folder) == kind)
+
+
+def _kind(folder: Path) -> str:
+    if folder.joinpath("processor_config.json").exists():
+        return "vlm"
+    return "tokenizer" if "tokenizer" in json.loads(folder.joinpath("config.json").read_text("utf-8")) else "vit"
 
 
 def locate(name: str | Path) -> str:
@@ -34,7 +39,7 @@ def locate(name: str | Path) -> str:
     Raises ModelNotFound if ``name`` is a folder without a configuration or without safetensors weights, or if it can
     be neither a folder nor a hub name.
     """
-    if str(name) in (*shipped(), *shipped("vit")):
+    if str(name) in _everything():
         return str(MODELS / str(name))
     path = Path(name).expanduser()
     if path.exists():
@@ -47,8 +52,12 @@ def locate(name: str | Path) -> str:
         return str(name)
     if (RECIPES / f"{str(name).replace('-', '_')}.py").is_file():
         raise ModelNotFound(f"model: {name} is not shipped; `vistok train {name}` makes it, then name its folder")
-    known = ", ".join((*shipped(), *shipped("vit")))
+    known = ", ".join(_everything())
     raise ModelNotFound(f"model: {name} is neither a folder, a hub name (owner/name), nor one of {known}")
+
+
+def _everything() -> list[str]:
+    return [*shipped(), *shipped("vit"), *shipped("tokenizer")]
 
 
 def load_vit(name: str | Path = "vistok-vit", *, dtype: str = "auto", device: str | None = None) -> Any:

@@ -324,15 +324,17 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 @contextmanager
 def progress_bar(
-    recipe: Named, first: int, what: str = "answers' tokens"
+    recipe: Named, first: int, what: str | None = "answers' tokens"
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields ``advance(step record)``; drawn on standard error. ``what``: what the record's accuracy is of."""
+    """Yields ``advance(step record)``; drawn on standard error. ``what``: what the record's accuracy is of;
+    None: it has none."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(recipe.name, total=recipe.steps, completed=first)
 
         def advance(told: dict[str, Any]) -> None:
-            text = f"{told['stage']} loss {told['loss']:.3f} {what} {told['token_accuracy']:.1%}"
+            text = f"{told['stage']} loss {told['loss']:.3f}"
+            text += "" if what is None else f" {what} {told['token_accuracy']:.1%}"
             bar.update(task, completed=told["step"], description=text)
 
         yield advance
