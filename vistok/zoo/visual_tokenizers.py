@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -124,6 +125,8 @@ def train_tokenizer(
     size = _side(model)
 
     def loss(model: Any, batch: ViTBatch) -> tuple[Tensor, Tensor]:
+        # What a step draws at random depends on its number alone, so that a resumed run is the same run.
+        torch.manual_seed(derive_seed(recipe.seed, next(numbers), "train"))
         found = model.objective(_pixels(batch, size))
         return found, found.detach()
 
@@ -131,7 +134,7 @@ def train_tokenizer(
     checkpoint = out / "checkpoint" / "state.safetensors"
     first = load_checkpoint(checkpoint, run.both, run.optimizer) if checkpoint.exists() else 0
     last = min(recipe.steps, recipe.steps if stop_at is None else stop_at)
-    torch.manual_seed(derive_seed(recipe.seed, first, "train") % 2**63)
+    numbers = itertools.count(first)
     with progress_bar(recipe, first, None) as advance:
         for told in run.steps(first, last):
             advance(told)
@@ -139,8 +142,6 @@ def train_tokenizer(
                 on_step(told)
             if told["step"] % checkpoint_every == 0 or told["step"] == last:
                 save_checkpoint(checkpoint, run.both, run.optimizer, told["step"])
-                # What training draws at random depends on the step alone, so that a resumed run is the same run.
-                torch.manual_seed(derive_seed(recipe.seed, told["step"], "train") % 2**63)
     return model.eval().save(out, half=True)
 
 
