@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
@@ -25,3 +26,18 @@ def test_it_gives_what_the_model_gives_and_learns_nothing():
     patches(x).sum().backward()
     assert x.grad is not None and not vision.model.training
     assert all(p.grad is None for p in vision.parameters())
+
+
+def test_one_is_made_from_its_name_and_goes_through_a_state():
+    torch.manual_seed(0)
+    told = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3)
+    vision = FrozenVision.of("vit_tiny_patch16_224", prefix=True, **told)
+    x = torch.rand(2, 3, 20, 24)
+    assert vision.size == (32, 32) and vision(x).shape == (2, 17, 12) and vision.model.num_classes == 0
+    vision.mean += 0.25
+    other = FrozenVision.of("vit_tiny_patch16_224", prefix=True, **told)
+    other.load_state_dict(vision.state_dict())
+    assert torch.equal(other(x), vision(x))
+    for name, message in (("vit_no_such", "must be a model of timm, e.g. "), ("resnet18", "no patch tokens")):
+        with pytest.raises(ValueError, match=message):
+            FrozenVision.of(name)

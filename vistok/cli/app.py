@@ -47,6 +47,8 @@ COMMANDS: Mapping[str, Command | Group] = {
     "diffusion": Command("vistok.cli.diffusion:diffusion", "Measure when a masked-diffusion model can lose tokens."),
     "auto": Command("vistok.cli.auto:auto", "Find the cheapest method and count that is good enough."),
     "search": Command("vistok.cli.search:search", "Tune a method's hyper-parameters on a model."),
+    "tokenize": Command("vistok.cli.tokenize:tokenize", "Turn a corpus of pictures into ids, each picture once."),
+    "detokenize": Command("vistok.cli.tokenize:detokenize", "Turn ids that were stored back into pictures."),
     "systems": Command("vistok.cli.catalogue:systems", "List the systems that are implemented."),
     "show": Command("vistok.cli.catalogue:show", "Show a system's card: source, hyper-parameters, claim."),
     "try": Command("vistok.cli.trial:trial", "Measure a system's claim on this machine."),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vistok.core.attention import attention_rows
+from vistok.host.attention import AttentionMethod
 from vistok.host.cache import ReducedLayer
 from vistok.host.effort import Effort
 from vistok.host.hooks import Hooks
@@ -28,12 +29,12 @@ from vistok.host.session import Session
 class AnswerAttention:
     """Watches a session, which must have been entered, while it answers one prompt with one picture.
 
-    Raises ValueError for a method under which a layer's attention is another (``Effort``) and for a decoder that does
+    Raises ValueError for a method under which a layer's attention is another (``Effort``, ``AttentionMethod``) and for a decoder that does
     not attend by queries and keys in all layers; and, as the model runs, for a batch and for several pictures.
     """
 
     def __init__(self, session: Session) -> None:
-        if any(isinstance(method, Effort) for method in session.methods):
+        if any(isinstance(method, (Effort, AttentionMethod)) for method in session.methods):
             raise ValueError("session: its method changes how layers attend, so that their attention cannot be read")
         if not all(hasattr(getattr(layer, "self_attn", None), "q_proj") for layer in session._engine.host.layers):
             raise ValueError(f"session: not every layer of {session._engine.host.name} attends by queries and keys")

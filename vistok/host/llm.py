@@ -22,7 +22,7 @@ from vistok.host.text import question_of
 Rotary = tuple[Tensor, Tensor]
 
 
-def _rotated(x: Tensor, attention: Any, rotary: Rotary) -> Tensor:
+def rotated(x: Tensor, attention: Any, rotary: Rotary) -> Tensor:
     """Queries or keys (B, H, T, d) after the model's own ``apply_rotary_pos_emb``."""
     rotate: Callable[..., Any] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     if "x" in inspect.signature(rotate).parameters:  # one at a time (Gemma 4)
@@ -64,7 +64,7 @@ class LayerView:
             self.new_keys = self.keys[:, :, self.past :]
         else:
             keys = _heads(self.attention.k_proj(self.normed), self.attention, "k_norm")
-            self.new_keys = _rotated(keys, self.attention, self.rotary)
+            self.new_keys = rotated(keys, self.attention, self.rotary)
             self.keys = self.new_keys if past is None else torch.cat([past[0], self.new_keys], 2)
         self.real = real if past is None else torch.cat([past[1], real], 1)
         self.allowed: Tensor | None = None
@@ -81,7 +81,7 @@ class LayerView:
             q = q.unflatten(-1, (-1, 2, self.attention.head_dim))[..., 0, :].flatten(-2)
         q = _heads(q, self.attention, "q_norm")
         cos, sin = (t.expand(len(self.normed), -1, -1)[at] for t in self.rotary)
-        return _rotated(q, self.attention, (cos, sin))
+        return rotated(q, self.attention, (cos, sin))
 
     def inputs(self, rows: Tensor, columns: Tensor) -> dict[str, Any]:
         """What ``attention_rows`` takes for the queries at ``columns`` (G, Q) of ``rows`` (G,)."""

@@ -10,10 +10,12 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 from torch import nn
 
+from vistok.host.attention import Attending, AttentionMethod, decoder_of, split_attention
+from vistok.host.effort import Effort
 from vistok.host.encoder import SUFFIX, in_encoder
 from vistok.host.engine import Engine, Position
 from vistok.host.hooks import Hooks
-from vistok.host.hosts import host_of
+from vistok.host.hosts import UnsupportedModel, host_of
 from vistok.host.keep import Budget, Keep, check_keep
 from vistok.host.overlay import overlay
 from vistok.host.pictures import Picture
@@ -23,7 +25,7 @@ from vistok.host.vit.reducer import ViTReducer
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
-Method = str | Reducer | ViTReducer
+Method = str | Reducer | ViTReducer | AttentionMethod
 DEFAULT_KEEP = 0.25
 
 
@@ -32,6 +34,8 @@ class Session:
 
     Everything it tells is of the last prompt with pictures and of what was generated from it since.
     """
+
+    _attending: Attending | None = None
 
     def __init__(
         self,
@@ -42,13 +46,28 @@ class Session:
         budget: Budget = "per_image",
         reselect: bool = False,
         encoder: Sequence[ViTReducer] = (),
+        attention: AttentionMethod | None = None,
     ) -> None:
         self.model = model
-        self.methods: tuple[Any, ...] = (*encoder, *methods)
+        self.methods: tuple[Any, ...] = (*encoder, *methods, *([] if attention is None else [attention]))
         self._host = host_of(model)
-        self._engine = Engine(self._host, methods, keep, position, budget, reselect, encoder)
-        self._log = self._engine.log
+        if not methods and not encoder:
+            methods = [Reducer()]  # never asked, since all tokens stay
+        self._engine: Any = Engine(self._host, methods, keep, position, budget, reselect, encoder)
+        if attention is not None:
+            self._attending = self._attend(attention, position)
+        self._log: Any = self._engine.log
         self._hooks = Hooks()
+
+    def _attend(self, attention: AttentionMethod, position: Position) -> Attending:
+        name = type(attention).__name__
+        if any(isinstance(method, Effort) for method in self.methods):
+            raise ValueError(f"method: got {name} and a method that has attention of its own, must be one of them")
+        if self._host.own_masks:
+            raise UnsupportedModel(f"{self._host.name} masks more than what is to come, with which {name} does not go")
+        if attention.reads_positions and position == "recompact":
+            raise ValueError(f"position: got 'recompact' with {name}, which moves tokens itself; must be 'keep'")
+        return Attending(attention, self._host.language_model, lambda: self._engine.stream)
 
     def __enter__(self) -> Session:
         if self.model in _ACTIVE:
@@ -57,6 +76,8 @@ class Session:
                 "both methods to one apply as a list"
             )
         try:
+            if self._attending is not None:
+                self._attending.install(self._hooks)
             self._engine.install(self._hooks)
         except BaseException:
             self._hooks.remove()
@@ -69,6 +90,8 @@ class Session:
     ) -> None:
         self._hooks.remove()
         self._engine.close()
+        if self._attending is not None:
+            self._attending.close()
         _ACTIVE.pop(self.model, None)
 
     @property
@@ -142,6 +165,17 @@ class Session:
         }
 
 
+class TextSession(Session):
+    """A method of attention in a language model that sees no pictures. Of what happened it tells ``kv_bytes`` alone."""
+
+    def __init__(self, model: nn.Module, attention: AttentionMethod) -> None:
+        self.model = model
+        self.methods = (attention,)
+        self._engine = Attending(attention, decoder_of(model))
+        self._log = self._engine.log
+        self._hooks = Hooks()
+
+
 def engine_in(model: nn.Module) -> Engine | None:
     """The hooks of the session whose method is in ``model`` now."""
     session = _ACTIVE.get(model)
@@ -175,6 +209,10 @@ def apply(
     ``["pitome@encoder", "holov"]``. The encoder runs on fewer tokens, and those that leave it go on to the next
     method. A single ``keep`` is then that of the methods after the encoder, and the method inside keeps what it does by
     default; a list has one each, as each counts.
+    One method of the attend family may stand among them ("tokenselect"): it keeps all tokens and changes how the layers
+    of the language model attend to them; ``keep`` is of the others. Alone it goes into any language model whose decoder
+    attends causally without windows, with pictures or not. Attention then runs on SDPA, and ``flops`` count it as if it
+    were dense.
     ``budget``: "per_image" takes ``keep`` of each picture; "shared" takes it of all pictures of a prompt together and
     splits it in proportion to their tokens. ``reselect``: a later turn on the same cache, of more than one token and
     without pictures, chooses again from all tokens of the pictures, for the new question: what the language model was
@@ -208,16 +246,25 @@ def apply(
         return apply_vit(model, methods, keep, **hyper)
     if not methods:
         raise ValueError("method: got an empty list, must be a name, a Reducer or a list of them")
+    if hyper and (len(methods) > 1 or not isinstance(methods[0], str)):
+        raise ValueError(
+            f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the Reducer"
+        )
+    methods, attention = split_attention(methods, hyper)
+    if attention is not None and not methods:
+        if keep is not None:
+            raise ValueError(f"keep: got {keep!r}, but {attention!r} keeps all tokens; must be None")
+        try:
+            host_of(model)
+        except UnsupportedModel:
+            return TextSession(model, attention)
+        return Session(model, (), 1.0, position or "keep", budget, reselect, attention=attention)
     if isinstance(keep, Sequence) and len(keep) != len(methods):
         raise ValueError(f"keep: got {len(keep)} values for {len(methods)} methods, must be one each or a single one")
     if position not in ("keep", "recompact", None):
         raise ValueError(f"position: got {position!r}, must be 'keep', 'recompact' or None")
     if budget not in ("per_image", "shared"):
         raise ValueError(f"budget: got {budget!r}, must be 'per_image' or 'shared'")
-    if hyper and (len(methods) > 1 or not isinstance(methods[0], str)):
-        raise ValueError(
-            f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the Reducer"
-        )
     inside = [in_encoder(m) for m in methods]
     alone = all(inside)
     given = list(keep) if isinstance(keep, Sequence) else [keep if alone or not i else None for i in inside]
@@ -233,7 +280,7 @@ def apply(
         keep = 1.0 if alone else check_keep(DEFAULT_KEEP if keep is None else keep)
     if position is None:
         position = "recompact" if any(reducer.position == "recompact" for reducer in reducers) else "keep"
-    return Session(model, reducers, keep, position, budget, reselect, encoder)
+    return Session(model, reducers, keep, position, budget, reselect, encoder, attention)
 
 
 def _reducer(method: Any, hyper: dict[str, Any]) -> Reducer:

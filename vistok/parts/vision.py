@@ -26,8 +26,28 @@ class FrozenVision(nn.Module):
         self.prefix = prefix
         told = model.pretrained_cfg
         self.size: tuple[int, int] = tuple(told["input_size"][1:])
-        self.register_buffer("mean", torch.tensor(told["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(told["std"]).view(3, 1, 1), persistent=False)
+        # Saved with the weights, which are of no use under another normalisation.
+        self.register_buffer("mean", torch.tensor(told["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(told["std"]).view(3, 1, 1))
+
+    @classmethod
+    def of(cls, name: str, *, prefix: bool = False, pretrained: bool = False, **arguments: Any) -> FrozenVision:
+        """timm's model ``name`` without its head, made with ``arguments`` (``img_size=32``, ``depth=2``, ...).
+
+        Its weights are random unless ``pretrained``; a tokenizer's folder brings its own. A recipe keeps ``name`` and
+        ``arguments`` as hyper-parameters and registers what it builds, so that its weights are saved and loaded with
+        the rest. Raises ValueError for a name that timm does not know, or that is no vision transformer.
+        """
+        import timm
+
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name.partition('_')[0]}*")[:3]
+            raise ValueError(f"name: got {name!r}, must be a model of timm" + f", e.g. {', '.join(near)}" * bool(near))
+        model = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **arguments})
+        if not hasattr(model, "num_prefix_tokens"):
+            raise ValueError(f"name: got {name!r}, must be a vision transformer: it has no patch tokens")
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, *model.patch_embed.img_size)}
+        return cls(model, prefix)
 
     @property
     def dim(self) -> int:

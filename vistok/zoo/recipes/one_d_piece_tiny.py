@@ -9,6 +9,6 @@ RECIPE = TokenizerRecipe(
     name="one-d-piece-tiny",
     system="one-d-piece",
     hyper=dict(size="T", tokens=64, image=64, patch=8, codes=1024, dim=8, per="sample"),
-    pace=Pace(steps=2000, batch_size=16, peak_lr=2e-3, warmup=100),
+    pace=Pace(steps=1200, batch_size=16, peak_lr=2e-3, warmup=60),
     about="Training cuts the tail, so that the first tokens hold what counts most (One-D-Piece).",
 )

@@ -9,6 +9,6 @@ RECIPE = TokenizerRecipe(
     name="titok-tiny",
     system="titok",
     hyper=dict(size="T", tokens=64, image=64, patch=8, codes=1024, dim=8),
-    pace=Pace(steps=2000, batch_size=16, peak_lr=2e-3, warmup=100),
+    pace=Pace(steps=1200, batch_size=16, peak_lr=2e-3, warmup=60),
     about="Latent tokens read the picture by attention; any of them may look anywhere (TiTok).",
 )

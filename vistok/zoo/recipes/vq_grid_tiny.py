@@ -9,6 +9,6 @@ RECIPE = TokenizerRecipe(
     name="vq-grid-tiny",
     system="vq-grid",
     hyper=dict(size="T", image=64, patch=8, codes=1024, dim=8),
-    pace=Pace(steps=2000, batch_size=16, peak_lr=2e-3, warmup=100),
+    pace=Pace(steps=1200, batch_size=16, peak_lr=2e-3, warmup=60),
     about="A code for each of 8 x 8 patches; restart keeps the codebook in use.",
 )
