@@ -88,37 +88,50 @@ class Stack(nn.ModuleList):
 
 
 class ConvEncoder(nn.Module):
-    """Maps (B, 3, H, W) to (B, ``out``, H / f, W / f), f = 2^(levels - 1); H and W are multiples of f.
+    """Maps (B, ``channels``, H, W) to (B, ``out``, H / f, W / f), f = 2^``halvings``; H and W are multiples of f.
 
     ``width`` times one of ``mults`` channels a level, ``blocks`` residual blocks each. ``attention``: in the middle and
-    after each block of the coarsest level.
+    after each block of the coarsest level, "middle" in the middle only. ``halvings``: behind so many of the first
+    levels; None: behind all but the last. ``first``: channels of the first convolution, None: those of the first level.
     """
 
     def __init__(
-        self, out: int = 256, width: int = 128, mults: Sequence[int] = MULTS, blocks: int = 2, attention: bool = True
+        self,
+        out: int = 256,
+        width: int = 128,
+        mults: Sequence[int] = MULTS,
+        blocks: int = 2,
+        attention: bool | Literal["middle"] = True,
+        channels: int = 3,
+        halvings: int | None = None,
+        first: int | None = None,
     ) -> None:
         super().__init__()
         widths = [width * m for m in mults]
-        coarse = [0] * (len(widths) - 1) + [blocks * attention]
-        ends = pairwise([widths[0], *widths])
-        self.factor = 2 ** (len(widths) - 1)
-        self.first = nn.Conv2d(3, widths[0], 3, padding=1)
+        coarse = [0] * (len(widths) - 1) + [blocks * (attention is True)]
+        start = widths[0] if first is None else first
+        ends = pairwise([start, *widths])
+        halved = _halved(halvings, len(widths))
+        self.factor = 2**halved
+        self.first = nn.Conv2d(channels, start, 3, padding=1)
         self.levels = nn.ModuleList(Stack(a, b, blocks, n) for (a, b), n in zip(ends, coarse, strict=True))
-        self.downs = nn.ModuleList(nn.Conv2d(w, w, 3, 2) for w in widths[:-1])
-        self.middle = Stack(widths[-1], widths[-1], 2, int(attention))
+        self.downs = nn.ModuleList(nn.Conv2d(w, w, 3, 2) for w in widths[:halved])
+        self.middle = Stack(widths[-1], widths[-1], 2, int(bool(attention)))
         self.norm, self.last = Norm(widths[-1]), nn.Conv2d(widths[-1], out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"x: got {x.shape[2]} x {x.shape[3]}, must be multiples of {self.factor}")
         x = self.first(x)
-        for level, down in zip(self.levels, self.downs, strict=False):
-            x = down(pad(level(x), (0, 1, 0, 1)))
-        return self.last(silu(self.norm(self.middle(self.levels[-1](x)))))
+        for i, level in enumerate(self.levels):
+            x = level(x)
+            if i < len(self.downs):
+                x = self.downs[i](pad(x, (0, 1, 0, 1)))
+        return self.last(silu(self.norm(self.middle(x))))
 
 
 class ConvDecoder(nn.Module):
-    """Codes (B, ``inside``, h, w) to maps (B, 3, f h, f w): the encoder's mirror, with one block more a level.
+    """Codes (B, ``inside``, h, w) to maps (B, ``channels``, f h, f w): the encoder's mirror, one block more a level.
 
     ``norm``: "plain", "spatial" (every norm but the last is MoVQ's) or "adaptive" (MAGVIT-v2's before each level); they
     read the codes, or a ``condition`` (B, ``inside``, h, w) given beside them. To a finer level by nearest neighbours
@@ -131,9 +144,11 @@ class ConvDecoder(nn.Module):
         width: int = 128,
         mults: Sequence[int] = MULTS,
         blocks: int = 2,
-        attention: bool = True,
+        attention: bool | Literal["middle"] = True,
         norm: Literal["plain", "spatial", "adaptive"] = "plain",
         shuffle: bool = False,
+        channels: int = 3,
+        halvings: int | None = None,
     ) -> None:
         super().__init__()
         if norm not in ("plain", "spatial", "adaptive"):
@@ -141,13 +156,14 @@ class ConvDecoder(nn.Module):
         self.shuffle, told = shuffle, inside if norm == "spatial" else 0
         widths = [width * m for m in reversed(mults)]
         ends = list(pairwise([widths[0], *widths]))
-        coarse = [(blocks + 1) * attention] + [0] * (len(widths) - 1)
+        coarse = [(blocks + 1) * (attention is True)] + [0] * (len(widths) - 1)
         self.first = nn.Conv2d(inside, widths[0], 3, padding=1)
-        self.middle = Stack(widths[0], widths[0], 2, int(attention), told)
+        self.middle = Stack(widths[0], widths[0], 2, int(bool(attention)), told)
         self.styles = nn.ModuleList(Norm(a, inside, False) for a, _ in ends if norm == "adaptive")
         self.levels = nn.ModuleList(Stack(a, b, blocks + 1, n, told) for (a, b), n in zip(ends, coarse, strict=True))
-        self.ups = nn.ModuleList(nn.Conv2d(w, w * (4 if shuffle else 1), 3, padding=1) for w in widths[:-1])
-        self.norm, self.last = Norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        doubled = widths[: _halved(halvings, len(widths))]
+        self.ups = nn.ModuleList(nn.Conv2d(w, w * (4 if shuffle else 1), 3, padding=1) for w in doubled)
+        self.norm, self.last = Norm(widths[-1]), nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         condition = z if condition is None else condition
@@ -157,3 +173,9 @@ class ConvDecoder(nn.Module):
             if i < len(self.ups):
                 x = pixel_shuffle(self.ups[i](x), 2) if self.shuffle else self.ups[i](interpolate(x, scale_factor=2))
         return self.last(silu(self.norm(x)))
+
+
+def _halved(halvings: int | None, levels: int) -> int:
+    if halvings is not None and not 0 <= halvings <= levels:
+        raise ValueError(f"halvings: got {halvings}, must be between 0 and the {levels} levels")
+    return levels - 1 if halvings is None else halvings

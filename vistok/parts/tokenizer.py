@@ -81,7 +81,8 @@ class Tokenizer(nn.Module):
             )
         if z.shape[1] > self.tokens:
             raise ValueError(f"codes: got {z.shape[1]} tokens, must be {self.tokens} at most")
-        return self.render(z.to(self.dtype), codes.mask).float().clamp(0, 1)
+        # Contiguous: convolutions round otherwise by the layout in memory, and stored ids would give another picture.
+        return self.render(z.to(self.dtype).contiguous(), codes.mask).float().clamp(0, 1)
 
     def decode_ids(self, ids: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1]: the pictures of stored ids (B, N) or (B, N, C); -1 is no token, at the end only."""
