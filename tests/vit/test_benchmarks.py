@@ -11,7 +11,7 @@ import torch
 from benchmarks import vit
 from benchmarks.vit import PublishedToMe
 from benchmarks.vit_methods import CONTROLS, LEVELS, METHODS, Uniform, made
-from benchmarks.vit_trained import page
+from benchmarks.vit_trained import STUDIES
 from vistok.host.vit import Stage, TokenState, ViTEvidence
 from vistok.vit.tome import ToMe
 
@@ -106,6 +106,6 @@ def test_the_page_of_studies_has_a_row_for_each_result():
         "seconds": 3,
         "machine": "one",
     }
-    lines = page({"ab": study}, 10).splitlines()
+    lines = STUDIES.markdown({"ab": study}, 10).splitlines()
     assert "| method | share | fused |" in lines
     assert "| a | 0.9999 | yes |" in lines and "| b | 0.333 | no |" in lines

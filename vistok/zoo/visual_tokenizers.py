@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -166,18 +166,28 @@ def evaluate_tokenizer(model: Any, pictures: int, k: int | None = None, *, seed:
     return Fidelity(*(float(torch.cat(column).double().mean()) for column in zip(*found, strict=True)))
 
 
-def evaluate_jpeg(pictures: int, size: int, most: float, *, seed: int = 1) -> tuple[int, Fidelity]:
-    """The lowest quality of Pillow's JPEG whose mean bytes reach ``most``, or 1, and its figures."""
+def evaluate_file(pictures: int, size: int, kind: Literal["JPEG", "WebP"], quality: int, *, seed: int = 1) -> Fidelity:
+    """Of the same pictures as Pillow's files of a ``quality``, 1 to 100, each with its header."""
     real = torch.cat(list(held_out(pictures, size, seed=seed)))
-    levels = to_uint8(real).permute(0, 2, 3, 1).numpy()
-    for quality in range(1, 96):
-        files = [_jpeg(picture, quality) for picture in levels]
-        taken = sum(map(len, files)) / len(files)
-        if taken >= most:
-            break
-    back = np.stack([np.asarray(Image.open(BytesIO(file)).convert("RGB")) for file in files])
+    files = []
+    for picture in to_uint8(real).permute(0, 2, 3, 1).numpy():
+        file = BytesIO()
+        Image.fromarray(picture).save(file, kind, quality=quality)
+        files.append(file)
+    back = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     made = torch.from_numpy(back).permute(0, 3, 1, 2).float() / 255
-    return quality, Fidelity(taken, float(psnr(made, real).mean()), float(ssim(made, real).mean()))
+    taken = sum(len(file.getvalue()) for file in files) / len(files)
+    return Fidelity(taken, float(psnr(made, real).mean()), float(ssim(made, real).mean()))
+
+
+def evaluate_jpeg(pictures: int, size: int, least: float, *, seed: int = 1) -> tuple[int, Fidelity]:
+    """The lowest quality of Pillow's JPEG whose mean bytes reach ``least``, 95 at most, and its figures."""
+    found = evaluate_file(pictures, size, "JPEG", 1, seed=seed)
+    quality = 1
+    while found.bytes < least and quality < 95:
+        quality += 1
+        found = evaluate_file(pictures, size, "JPEG", quality, seed=seed)
+    return quality, found
 
 
 def held_out(pictures: int, size: int, *, seed: int = 1) -> Iterator[Tensor]:
@@ -237,9 +247,3 @@ def _side(model: Any) -> int:
 def _pixels(batch: ViTBatch, size: int) -> Tensor:
     drawn = batch.images.permute(0, 3, 1, 2).float() / 255
     return drawn if drawn.shape[-1] == size else adaptive_avg_pool2d(drawn, (size, size))
-
-
-def _jpeg(picture: Any, quality: int) -> bytes:
-    file = BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
-    return file.getvalue()
