@@ -1,7 +1,7 @@
 """The same small network on a grid (64 tokens of 32 px pictures) with one bottleneck after another, equal steps and
 pictures, codes of 8 channels where the bottleneck leaves a choice: which codebooks collapse as they grow. Usage: share
-of the codes that held-out pictures use; perplexity: of the same counts, over books their product. Product: two books of the root of the
-codes each; FSQ: the levels nearest to the size."""
+of the codes that held-out pictures use; perplexity: of the same counts, over books their product. Product: two books of
+the root of the codes each; FSQ: the levels nearest to the size."""
 
 from __future__ import annotations
 
