@@ -10,16 +10,24 @@ keys: "mixed", of mean 0, and "drift", with a common part, as biases and norms g
 step. Below a task's name what the commonest answer and a count of the tokens reach. "free": its parameters are not
 within a tenth of those of attention to all tokens. ``--save`` keeps the cells in a file, from which a run goes on.
 
+``growth``: milliseconds and operations (torch's counter: products of matrices, convolutions and attention) of every
+mixer alone, without gradients, by number of tokens, and the exponents of both between the last two: log of the costs'
+ratio over log of the tokens'. "claimed" is what the mixer's formula gives for large N with the settings it has in
+``vistok.attend.lra``: biformer's number of regions, and transnext's and s2aformer's pooling, are fixed there, which
+leaves them quadratic with a small factor. Where exponents of time fall short of it, other parts still take most.
+
 python -m benchmarks.attend_systems infsa [--tokens 4096 16384 65536] [--quadratic 16384] [--repeats 3] [--threads 1]
 python -m benchmarks.attend_systems lra [--tasks pixels text] [--mixers dense transnext] [--steps 400] [--train 4000]
                                         [--seed 0] [--threads 1] [--save FILE]
-Both: [--device cpu] of infsa alone; [--markdown] prints a table for a page instead of one for a terminal.
+python -m benchmarks.attend_systems growth [--tokens 1024 4096 16384] [--mixers gna davit] [--repeats 3] [--threads 1]
+All: [--device cpu] of infsa alone; [--markdown] prints a table for a page instead of one for a terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -29,10 +37,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import in_turn, machine_line
 from vistok.attend.infsa import POWER_STEPS, dominant, infsa, key_weights
-from vistok.attend.lra import LENGTHS, MIXERS, SMALL, TASKS, LongRangeArena, commonest, counted
+from vistok.attend.lra import LENGTHS, MIXERS, SMALL, TASKS, LongRangeArena, Mixer, commonest, counted
 from vistok.bench.attend_trial import AttendTrial
 from vistok.bench.resources import peak_bytes
 from vistok.world.lra import Sequences
@@ -145,6 +154,57 @@ def infsa_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+CLAIMED = {
+    "dense": 2,
+    "biformer": 2,
+    "catanet": 1,
+    "davit": 1,
+    "dependencyvit": 2,
+    "faster-na": 1,
+    "gna": 1,
+    "halonet": 1,
+    "infsa": 1,
+    "infsa-pure": 2,
+    "plainmamba": 1,
+    "raftmlp": 1.5,
+    "s2aformer": 2,
+    "softhgnn": 1,
+    "tapadl": 2,
+    "transnext": 2,
+}
+"""Exponents of N in the formula of a mixer's operations, for large N."""
+WIDTH, HEADS = 64, 4
+
+
+def growth_rows(options: argparse.Namespace) -> list[list[str]]:
+    """A line a mixer: milliseconds at each number of tokens, exponents of time and of operations, and the claimed."""
+    sizes = sorted(options.tokens)
+    table = [["mixer", *(f"ms at {n}" for n in sizes), "exponent, time", "exponent, operations", "claimed"]]
+    for name in options.mixers:
+        taken, operations = [], []
+        for n in sizes:
+            side = math.isqrt(n)
+            torch.manual_seed(0)
+            mixer = MIXERS[name]
+            mix = mixer.make(WIDTH, HEADS, (side, side), 0).eval()
+            x, mask = torch.randn(1, side * side, WIDTH), torch.ones(1, side * side, dtype=torch.bool)
+
+            def run(mixer: Mixer = mixer, mix: Any = mix, x: Tensor = x, mask: Tensor = mask, side: int = side) -> Any:
+                return mixer.call(mix, x, (side, side), mask)
+
+            with torch.inference_mode():
+                taken.append(statistics.median(in_turn({name: run}, options.repeats, "cpu")[name]))
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                run()
+            operations.append(counter.get_total_flops())
+        step = math.log(sizes[-1] / sizes[-2])
+        slopes = [math.log(cost[-1] / cost[-2]) / step for cost in (taken, operations)]
+        cells = [*(f"{ms:.1f}" for ms in taken), *(f"{slope:.2f}" for slope in slopes), f"{CLAIMED[name]:g}"]
+        table.append([name, *cells])
+        print("  ".join(table[-1]), flush=True)
+    return table
+
+
 KINDS, SIDES = ("mixed", "drift"), ("left", "right", "equal")
 
 
@@ -163,7 +223,10 @@ def main() -> None:
     """Parse the command line and print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="system", required=True)
-    graph, arena = parts.add_parser("infsa"), parts.add_parser("lra")
+    graph, arena, growth = parts.add_parser("infsa"), parts.add_parser("lra"), parts.add_parser("growth")
+    growth.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
+    growth.add_argument("--mixers", nargs="+", choices=list(MIXERS), default=list(MIXERS))
+    growth.add_argument("--repeats", type=int, default=3)
     graph.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     graph.add_argument("--quadratic", type=int, default=16384, help="the most tokens of what is quadratic")
     graph.add_argument("--repeats", type=int, default=3)
@@ -174,7 +237,7 @@ def main() -> None:
     arena.add_argument("--train", type=int, default=4000)
     arena.add_argument("--seed", type=int, default=0)
     arena.add_argument("--save", help="a JSON file of cells")
-    for part in (graph, arena):
+    for part in (graph, arena, growth):
         part.add_argument("--threads", type=int, default=1)
         part.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
@@ -182,6 +245,8 @@ def main() -> None:
     print(machine_line(getattr(options, "device", "cpu")))
     if options.system == "infsa":
         show(infsa_table([row for n in options.tokens for row in infsa_rows(n, options)]), options.markdown)
+    elif options.system == "growth":
+        show(growth_rows(options), options.markdown)
     else:
         show(lra_table(lra_rows(options), options.tasks), options.markdown)
 
