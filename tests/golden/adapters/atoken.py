@@ -1,12 +1,16 @@
-"""FSQ of channels in groups."""
+"""FSQ of channels in groups; rotary positions on four axes."""
+
+from timm.layers import apply_rot_embed_cat
 
 from tests.golden.bottleneck import grads
 from vistok.parts.quantize import FSQ
-
-WAITS = ("atoken-rope4d",)
+from vistok.tokenize._sparse import rotary
 
 
 def run(case):
+    if "positions" in case.inputs:
+        turn = rotary(case.inputs["positions"], case.hyper["head_dim"], case.hyper["base"])[:, None]
+        return {f"{name}_out": apply_rot_embed_cat(case.inputs[name], turn) for name in "qk"}
     groups = case.hyper["num_codebooks"]
     fsq = FSQ(case.hyper["levels"], groups)
     z = case.inputs["z"].requires_grad_()

@@ -1,15 +1,16 @@
-"""VQ on the sphere with either gradient."""
+"""VQ on the sphere with either gradient; the averages that queries begin as."""
 
 import torch
 
 from tests.golden.bottleneck import grads, like, tokens
 from vistok.parts.quantize import VectorQuantizer
-
-WAITS = ("gigatok-multilevel",)
+from vistok.tokenize.gigatok import multilevel
 
 
 def run(case):
     given, hyper = case.inputs, case.hyper
+    if "n_level" in hyper:
+        return {"tokens": multilevel(given["x"], hyper["n_level"], hyper["first_grow"])}
     quantizer = VectorQuantizer(
         *given["codebook"].shape,
         norm="both" if hyper["l2_norm"] else "none",
