@@ -22,6 +22,7 @@ from vistok.parts.quantize import (
     Product,
     Residual,
     SimVQuantizer,
+    Stretches,
     VectorQuantizer,
 )
 
@@ -527,3 +528,25 @@ def test_codes_state_the_order_of_bits():
 def test_arguments_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_book_for_each_stretch():
+    books = [VectorQuantizer(16, dim, norm="both", restart_after=None) for dim in (6, 4)]
+    codes = Stretches(books, (5, 9)).eval()
+    z = torch.randn(2, 14, 6)
+    found = codes(z)
+    assert found.ids.shape == (2, 14) and found.bits.tolist() == [14 * 4] * 2
+    for book, part in ((codes.books[0], slice(0, 5)), (codes.books[1], slice(5, 14))):
+        alone = book(z[:, part, : book.dim])
+        assert torch.equal(found.ids[:, part], alone.ids)
+        assert torch.equal(found.z[:, part, : book.dim], alone.z)
+    assert not found.z[:, 5:, 4:].any() and torch.equal(codes.ids_to_z(found.ids), found.z)
+    each = [codes.books[0](z[:, :5]).loss, codes.books[1](z[:, 5:, :4]).loss]
+    torch.testing.assert_close(found.loss, each[0] + each[1])
+    mask = torch.arange(14).expand(2, -1) != 6
+    masked = codes(z, mask)
+    assert masked.ids[:, 6].tolist() == [-1, -1] and not masked.z[:, 6].any()
+    with pytest.raises(ValueError, match="ids: got 13 tokens, must be 14"):
+        codes.ids_to_z(found.ids[:, :-1])
+    with pytest.raises(ValueError, match="books: got 2 for 1 stretches"):
+        Stretches(books, (14,))

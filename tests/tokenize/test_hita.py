@@ -10,7 +10,7 @@ from vistok.bench.tokenize_trial import TokenizeTrial
 from vistok.core.visibility import carriers_first
 from vistok.parts.tokenizer import load_tokenizer
 from vistok.parts.vision import FrozenVision
-from vistok.tokenize._holistic import FusionDecoder, HolisticCodes, HolisticGenerator, Stack
+from vistok.tokenize._holistic import FusionDecoder, HolisticGenerator, Stack
 from vistok.tokenize.hita import Hita, claim
 
 SMALL = dict(
@@ -81,25 +81,6 @@ def test_the_last_patches_are_lost_with_a_shift_and_not_without():
         other = ids.clone()
         other[:, -3:] = (other[:, -3:] + 7) % 32
         assert torch.equal(model.decode_ids(ids), model.decode_ids(other)) == same
-
-
-def test_two_books():
-    codes = HolisticCodes(16, (6, 4), (5, 9), restart_after=None).eval()
-    z = torch.randn(2, 14, 6)
-    found = codes(z)
-    assert found.ids.shape == (2, 14) and found.bits.tolist() == [14 * 4] * 2
-    for book, part in ((codes.books[0], slice(0, 5)), (codes.books[1], slice(5, 14))):
-        alone = book(z[:, part, : book.dim])
-        assert torch.equal(found.ids[:, part], alone.ids)
-        assert torch.equal(found.z[:, part, : book.dim], alone.z)
-    assert not found.z[:, 5:, 4:].any() and torch.equal(codes.ids_to_z(found.ids), found.z)
-    each = [codes.books[0](z[:, :5]).loss, codes.books[1](z[:, 5:, :4]).loss]
-    torch.testing.assert_close(found.loss, each[0] + each[1])
-    mask = torch.arange(14).expand(2, -1) != 6
-    masked = codes(z, mask)
-    assert masked.ids[:, 6].tolist() == [-1, -1] and not masked.z[:, 6].any()
-    with pytest.raises(ValueError, match="ids: got 13 tokens, must be 14"):
-        codes.ids_to_z(found.ids[:, :-1])
 
 
 @torch.no_grad()

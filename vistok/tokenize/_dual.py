@@ -113,42 +113,6 @@ def compared(trial: TokenizeTrial, one: Callable[[], Tokenizer], two: Callable[[
     return Outcome("objects read out of semantic codes", shares[0], shares[1], holds, told)
 
 
-class Stretches(Bottleneck):
-    """A book of one id for each stretch of a sequence, ``lengths`` tokens each, all of as many channels.
-
-    Bits are counted by the largest book.
-    """
-
-    def __init__(self, books: Sequence[Bottleneck], lengths: Sequence[int]) -> None:
-        super().__init__()
-        self.books: Sequence[Bottleneck] = nn.ModuleList(books)  # type: ignore[assignment]
-        self.lengths = list(lengths)
-        self.dim, self.sizes = books[0].dim, (max(book.sizes[0] for book in books),)
-
-    def renew(self, z: Tensor, mask: Tensor | None) -> None:
-        for book, part, seen in self._stretches(z, mask):
-            book.renew(part, seen)
-
-    def quantize(
-        self, z: Tensor, mask: Tensor | None, grid: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        found = [book.quantize(part, seen, None) for book, part, seen in self._stretches(z, mask)]
-        losses = {f"{name}_{i}": loss for i, (_, _, terms) in enumerate(found) for name, loss in terms.items()}
-        ids = [column for _, column, _ in found if column is not None]
-        return torch.cat([out for out, _, _ in found], 1), torch.cat(ids, 1), losses
-
-    def lookup(self, ids: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        ids = ids if ids.dim() == 2 else ids[..., 0]
-        if ids.shape[1] != sum(self.lengths):
-            raise ValueError(f"ids: got {ids.shape[1]} tokens, must be {sum(self.lengths)}")
-        parts = zip(self.books, ids.split(self.lengths, 1), strict=True)
-        return torch.cat([book.ids_to_z(part) for book, part in parts], 1)
-
-    def _stretches(self, z: Tensor, mask: Tensor | None) -> list[tuple[Bottleneck, Tensor, Tensor | None]]:
-        masks = [None] * len(self.lengths) if mask is None else mask.split(self.lengths, 1)
-        return list(zip(self.books, z.split(self.lengths, 1), masks, strict=True))
-
-
 class OneCodebook(Tokenizer):
     """What two are held against: one codebook on a convolutional map, from which pixels and features are both read.
 

@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 from vistok.core.visibility import carriers_first, shifted_readout
 from vistok.parts.causal import CausalModel
-from vistok.parts.quantize import Bottleneck, VectorQuantizer
-
-
-class HolisticCodes(Bottleneck):
-    """A book for each stretch of a sequence: ``lengths`` tokens of ``dims`` channels, ``codes`` codes each.
-
-    Narrower vectors stand in the first channels of the widest, with zeros behind. Losses are summed.
-    """
-
-    def __init__(self, codes: int, dims: Sequence[int], lengths: Sequence[int], **quantizer: Any) -> None:
-        super().__init__()
-        self.dim, self.sizes, self.lengths = max(dims), (codes,), list(lengths)
-        self.books: Sequence[VectorQuantizer] = nn.ModuleList(  # type: ignore[assignment]
-            VectorQuantizer(codes, dim, norm="both", **quantizer) for dim in dims
-        )
-
-    def renew(self, z: Tensor, mask: Tensor | None) -> None:
-        for book, part, seen in self._stretches(z, mask):
-            book.renew(part, seen)
-
-    def quantize(
-        self, z: Tensor, mask: Tensor | None, grid: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        outs, ids = [], []
-        losses: dict[str, Tensor] = {}
-        for i, (book, part, seen) in enumerate(self._stretches(z, mask)):
-            out, found, terms = book.quantize(part, seen, None)
-            outs.append(self._wide(out))
-            ids.append(found)
-            losses |= {f"{name}_{i}": term for name, term in terms.items()}
-        return torch.cat(outs, 1), torch.cat(ids, 1), losses
-
-    def lookup(self, ids: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        ids = ids if ids.dim() == 2 else ids[..., 0]
-        if ids.shape[1] != sum(self.lengths):
-            raise ValueError(f"ids: got {ids.shape[1]} tokens, must be {sum(self.lengths)}")
-        parts = ids.split(self.lengths, 1)
-        return torch.cat([self._wide(book.lookup(part, None)) for book, part in zip(self.books, parts, strict=True)], 1)
-
-    def _wide(self, x: Tensor) -> Tensor:
-        return pad(x, (0, self.dim - x.shape[2]))
-
-    def _stretches(self, z: Tensor, mask: Tensor | None) -> list[tuple[VectorQuantizer, Tensor, Tensor | None]]:
-        masks = [None] * len(self.lengths) if mask is None else mask.split(self.lengths, 1)
-        parts = z.split(self.lengths, 1)
-        return [(book, part[..., : book.dim], seen) for book, part, seen in zip(self.books, parts, masks, strict=True)]
 
 
 class Stack(nn.Module):

@@ -26,9 +26,10 @@ from torch.nn.functional import pad
 from vistok.catalogue.card import Card, Outcome, TokenizeTrial
 from vistok.core.losses import distillation, pixel
 from vistok.parts.conv import ConvDecoder, ConvEncoder
+from vistok.parts.quantize import Stretches, VectorQuantizer
 from vistok.parts.tokenizer import Tokenizer
 from vistok.parts.vision import FrozenVision
-from vistok.tokenize._holistic import FusionDecoder, HolisticCodes, HolisticGenerator, Stack
+from vistok.tokenize._holistic import FusionDecoder, HolisticGenerator, Stack
 
 CARD = Card(
     title="Holistic Tokenizer for Autoregressive Image Generation",
@@ -78,9 +79,8 @@ class HitaNetwork(Tokenizer):
         self.reading, self.ordered = Stack(**stack), Stack(**stack)
         self.down = nn.ModuleList(nn.Linear(width, dim) for dim in dims)
         self.up = nn.ModuleList(nn.Linear(dim, width) for dim in dims)
-        self.bottleneck: HolisticCodes = HolisticCodes(
-            recipe.codes, dims, self.stretches, restart_after=recipe.restart_after
-        )
+        books = [VectorQuantizer(recipe.codes, dim, norm="both", restart_after=recipe.restart_after) for dim in dims]
+        self.bottleneck: Stretches = Stretches(books, self.stretches)
         seen = vision.dim if vision is not None and recipe.variant == "U" else 0
         self.fusion = FusionDecoder(carriers, side, recipe.shift, semantic=seen, **stack)
 

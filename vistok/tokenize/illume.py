@@ -29,11 +29,11 @@ from vistok.catalogue.card import Card, Outcome, TokenizeTrial
 from vistok.core.codes import Codes
 from vistok.core.losses import distillation, pixel
 from vistok.parts.conv import ConvDecoder, ConvEncoder
-from vistok.parts.quantize import SimVQuantizer
+from vistok.parts.quantize import SimVQuantizer, Stretches
 from vistok.parts.tokenizer import Tokenizer
 from vistok.parts.vision import FrozenVision
 from vistok.parts.visual_vocabulary import Piece, VisualVocabulary
-from vistok.tokenize._dual import OneCodebook, Stretches, Transformer, compared, laid, rows
+from vistok.tokenize._dual import OneCodebook, Transformer, compared, laid, rows
 
 CARD = Card(
     title="ILLUME: Illuminating Your LLMs to See, Draw, and Self-Enhance",

@@ -3,7 +3,7 @@
 from vistok.parts.quantize.base import Bottleneck
 from vistok.parts.quantize.multiscale import MultiScale
 from vistok.parts.quantize.scalar import FSQ, LFQ, Gaussian, Identity
-from vistok.parts.quantize.stacks import Product, Residual
+from vistok.parts.quantize.stacks import Product, Residual, Stretches
 from vistok.parts.quantize.vector import EMAQuantizer, IBQuantizer, SimVQuantizer, TableQuantizer, VectorQuantizer
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Product",
     "Residual",
     "SimVQuantizer",
+    "Stretches",
     "TableQuantizer",
     "VectorQuantizer",
 ]

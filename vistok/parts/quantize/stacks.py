@@ -1,4 +1,4 @@
-"""Bottlenecks made of others: one after another on what is left (residual), or side by side (product)."""
+"""Bottlenecks made of others: each on what the last left (residual), side by side (product), or by stretches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 
 from vistok.core.quantize import pass_through
 from vistok.parts.quantize.base import Bottleneck
@@ -130,6 +130,50 @@ class Product(Bottleneck):
             raise ValueError(f"ids: got shape {tuple(ids.shape)}, must be (B, N, {len(self.sizes)})")
         parts = ids.split(self.columns, -1)
         return torch.cat([book.lookup(part, grid) for book, part in zip(self.books, parts, strict=True)], -1)
+
+
+class Stretches(Bottleneck):
+    """A bottleneck of one id for each stretch of a sequence, ``lengths`` tokens each, side by side in time.
+
+    Narrower codes stand in the first channels of the widest, zeros behind. Losses are summed; bits are counted by the
+    largest book.
+    """
+
+    def __init__(self, books: Sequence[Bottleneck], lengths: Sequence[int]) -> None:
+        super().__init__()
+        if len(books) != len(lengths) or any(len(book.sizes) != 1 for book in books):
+            raise ValueError(f"books: got {len(books)} for {len(lengths)} stretches, must be one each, of one id")
+        self.books: Sequence[Bottleneck] = nn.ModuleList(books)  # type: ignore[assignment]
+        self.lengths = list(lengths)
+        self.dim = max(book.dim for book in books)
+        self.sizes = (max(book.sizes[0] for book in books),)
+
+    def renew(self, z: Tensor, mask: Tensor | None) -> None:
+        for book, part, seen in self._stretches(z, mask):
+            book.renew(part, seen)
+
+    def quantize(
+        self, z: Tensor, mask: Tensor | None, grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        found = [book.quantize(part, seen, None) for book, part, seen in self._stretches(z, mask)]
+        losses = {f"{name}_{i}": loss for i, (_, _, terms) in enumerate(found) for name, loss in terms.items()}
+        ids = [column for _, column, _ in found if column is not None]
+        return torch.cat([self._wide(out) for out, _, _ in found], 1), torch.cat(ids, 1), losses
+
+    def lookup(self, ids: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        ids = ids if ids.dim() == 2 else ids[..., 0]
+        if ids.shape[1] != sum(self.lengths):
+            raise ValueError(f"ids: got {ids.shape[1]} tokens, must be {sum(self.lengths)}")
+        parts = zip(self.books, ids.split(self.lengths, 1), strict=True)
+        return torch.cat([self._wide(book.ids_to_z(part)) for book, part in parts], 1)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return pad(x, (0, self.dim - x.shape[2]))
+
+    def _stretches(self, z: Tensor, mask: Tensor | None) -> list[tuple[Bottleneck, Tensor, Tensor | None]]:
+        masks = [None] * len(self.lengths) if mask is None else mask.split(self.lengths, 1)
+        parts = [part[..., : book.dim] for book, part in zip(self.books, z.split(self.lengths, 1), strict=True)]
+        return list(zip(self.books, parts, masks, strict=True))
 
 
 def mean_terms(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
