@@ -83,7 +83,7 @@ def run(
         given["data"] = dict(given.get("data", {})) | own
         if tasks is None:
             given["tasks"] = [*given.get("tasks", []), *(name for name in own if name not in given.get("tasks", []))]
-    _measure(_sweep(given, config), out, _Runs(engine, address, workers, cpus, gpus), as_json, config)
+    _measure(_sweep(given, config), out, Runs(engine, address, workers, cpus, gpus), as_json, config)
 
 
 def ablate(
@@ -144,7 +144,7 @@ def ablate(
         },
         None,
     )
-    _measure(sweep, out, _Runs(engine, address, workers, cpus, gpus))
+    _measure(sweep, out, Runs(engine, address, workers, cpus, gpus))
     from vistok.bench.rows import read
     from vistok.bench.summary import against
 
@@ -202,7 +202,7 @@ def _integers(argument: str, text: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """What cells run on, as it was asked for."""
 
     engine: str
@@ -228,7 +228,7 @@ class _Runs:
         return LocalEngine(self.workers), Resources(self.cpus or shared, self.gpus)
 
 
-def _measure(sweep: Sweep, out: Path, runs: _Runs, as_json: bool = False, config: Path | None = None) -> None:
+def _measure(sweep: Sweep, out: Path, runs: Runs, as_json: bool = False, config: Path | None = None) -> None:
     """Run the cells that are not there yet. Raises UserError where some could not be measured."""
     runs.check()
     folder = check_folder(out).resolve()

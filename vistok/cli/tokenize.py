@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vistok.cli.bench import Address, EngineName, Gpus, Workers, _Runs
+from vistok.cli.bench import Address, EngineName, Gpus, Runs, Workers
 from vistok.cli.console import Json, UserError, console, emit, progress
 from vistok.cli.options import check_folder
 
@@ -38,7 +38,7 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Write the ids of every picture of a corpus, or go on where that was stopped."""
-    runs = _Runs(engine, address, workers, cpus, gpus)
+    runs = Runs(engine, address, workers, cpus, gpus)
     runs.check()
     check_folder(out)
     from vistok.bench.pictures import decode_picture
@@ -87,7 +87,7 @@ def detokenize(
     as_json: Json = False,
 ) -> None:
     """Write the pictures of stored ids as PNG files under their source keys."""
-    runs = _Runs(engine, address, workers, cpus, gpus)
+    runs = Runs(engine, address, workers, cpus, gpus)
     runs.check()
     check_folder(out)
     from vistok.engine import detokenize as work
