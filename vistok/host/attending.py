@@ -29,8 +29,9 @@ from vistok.host.session import Session
 class AnswerAttention:
     """Watches a session, which must have been entered, while it answers one prompt with one picture.
 
-    Raises ValueError for a method under which a layer's attention is another (``Effort``, ``AttentionMethod``) and for a decoder that does
-    not attend by queries and keys in all layers; and, as the model runs, for a batch and for several pictures.
+    Raises ValueError for a method under which a layer's attention is another (``Effort``, ``AttentionMethod``) and for
+    a decoder that does not attend by queries and keys in all layers; and, as the model runs, for a batch and for
+    several pictures.
     """
 
     def __init__(self, session: Session) -> None:

@@ -175,6 +175,10 @@ class TextSession(Session):
         self._log = self._engine.log
         self._hooks = Hooks()
 
+    @property
+    def encoder_tokens(self) -> list[int]:
+        return []
+
 
 def engine_in(model: nn.Module) -> Engine | None:
     """The hooks of the session whose method is in ``model`` now."""
@@ -251,9 +255,11 @@ def apply(
             f"{next(iter(hyper))}: hyper-parameters go with one method given by name; set them on the Reducer"
         )
     methods, attention = split_attention(methods, hyper)
+    if attention is not None and getattr(getattr(model, "config", None), "mask_token_id", None) is not None:
+        raise UnsupportedModel(f"{type(model).__name__}: {attention!r} needs a model that attends causally")
     if attention is not None and not methods:
-        if keep is not None:
-            raise ValueError(f"keep: got {keep!r}, but {attention!r} keeps all tokens; must be None")
+        if keep is not None and not (isinstance(keep, float) and keep == 1):
+            raise ValueError(f"keep: got {keep!r}, but {attention!r} keeps all tokens; must be None or 1.0")
         try:
             host_of(model)
         except UnsupportedModel:

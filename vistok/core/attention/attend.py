@@ -1,15 +1,17 @@
 """``attend``: one call for every pattern, with the executor that is fastest where it runs, or the one that is named.
 
-Four executors give the same output: ``dense`` masks the whole map and is the oracle, ``gather`` computes only the pairs
-of the pattern, ``tiles`` dense problems that hold them, ``flex`` leaves them to FlexAttention. What ``auto`` takes,
-``choose`` says and why; it is logged too, at level DEBUG.
+Five executors give the same output: ``dense`` masks the whole map and is the oracle, ``gather`` computes only the pairs
+of the pattern, ``tiles`` dense problems that hold them, ``flex`` leaves them to FlexAttention, ``triton`` to kernels of
+its own. What ``auto`` takes, ``choose`` says and why; it is logged too, at level DEBUG.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -17,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vistok.core.attention.mix import mix_tiles
-from vistok.core.attention.pattern import CoarseKV, Dense, Pattern, TokenIndex
+from vistok.core.attention.pattern import BlockMask, CoarseKV, Dense, Pattern, TokenIndex
 from vistok.core.tensors import upcast
 
-Executor = Literal["auto", "dense", "gather", "tiles", "flex"]
+Executor = Literal["auto", "dense", "gather", "tiles", "flex", "triton"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def attend(
     Raises ValueError for shapes that do not fit, and for an executor that cannot run the pattern.
     """
     bias = _check(q, k, v, pattern, bias)
-    choice = choose(q, pattern, bias) if executor == "auto" else Choice(executor, "asked for")
+    choice = choose(q, pattern, bias, v) if executor == "auto" else Choice(executor, "asked for")
     if isinstance(pattern, CoarseKV) and choice.executor != "dense":
         out, lse = _by_level(q, k, v, pattern, bias, scale, executor)
         return (out, lse) if return_lse else out
@@ -98,11 +100,17 @@ def attend(
 
         out, lse_ = flex(q, k, v, pattern, scale, return_lse)
         return out if lse_ is None else (out, lse_)
+    elif choice.executor == "triton":
+        if bias is not None:
+            raise ValueError("bias: got one with executor 'triton', must be None there")
+        from vistok.core.attention.triton import triton_attention
+
+        found = triton_attention(q, k, v, pattern, scale)
     elif choice.executor in ("tiles", "gather"):
         tiles = pattern.tiles() if choice.executor == "tiles" else pattern.groups()
         found = mix_tiles(q, k, v, pattern, tiles, bias, scale)
     else:
-        raise ValueError(f"executor: got {executor!r}, must be auto, dense, gather, tiles or flex")
+        raise ValueError(f"executor: got {executor!r}, must be auto, dense, gather, tiles, flex or triton")
     return found if return_lse else found[0]
 
 
@@ -137,16 +145,23 @@ def _heads_last(x: Tensor, grid: torch.Size) -> Tensor:
     return x.transpose(1, 2).reshape(len(x), *grid, x.shape[1], *x.shape[3:])
 
 
-def choose(q: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Choice:
-    """What ``attend`` takes for ``q`` (B, H, Nq, d) where it is left to it.
+def choose(q: Tensor, pattern: Pattern, bias: Tensor | None = None, v: Tensor | None = None) -> Choice:
+    """What ``attend`` takes for ``q`` (B, H, Nq, d) and ``v`` (B, Hk, Nk, dv) where it is left to it.
 
     On a CPU the cheaper of ``dense`` and ``tiles`` by SPEED and START, which were measured. Elsewhere, where nothing
-    was measured yet: FlexAttention for grids, tiles for the rest.
+    was measured yet: FlexAttention for grids; on CUDA Triton's kernels for blocks and lists of keys, where Triton is
+    there, there is no bias and they fit; tiles for the rest.
     """
     if isinstance(pattern, CoarseKV):
         return Choice("tiles", "each level by its own choice, merged")
     if isinstance(pattern, Dense) and (not pattern.causal or pattern.num_queries == pattern.num_keys):
         return Choice("dense", "the pattern is dense: fused attention")
+    if q.device.type == "cuda" and isinstance(pattern, BlockMask | TokenIndex) and bias is None and _has_triton():
+        from vistok.core.attention.triton import fits
+
+        # Gradients may be asked of k and v alone; lists then go the safe way.
+        if not fits(pattern, q, q if v is None else v, torch.is_grad_enabled()):
+            return Choice("triton", f"blocks or lists of keys, not measured on {q.device.type}")
     if isinstance(pattern, TokenIndex) and pattern.index.dim() == 4:
         return Choice("gather", "each query has keys of its own")
     if q.device.type != "cpu":
@@ -167,6 +182,11 @@ def choose(q: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Choice:
         cost += pairs / speed + START / heads
     share = f"tiles compute {computed / (nq * nk):.1%} of all pairs at a cost of {cost / (nq * nk):.1%}"
     return Choice("tiles" if cost < nq * nk else "dense", share)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def merge_lse(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
