@@ -19,17 +19,24 @@ from vistok.catalogue import create
 from vistok.core.fidelity import psnr, ssim, to_uint8
 from vistok.core.quantize import count_ids, usage
 from vistok.parts.tokenizer import Tokenizer
+from vistok.parts.vision import FrozenVision
 from vistok.world import derive_seed, make_object
 from vistok.world.draw import Dice
 from vistok.world.real import crop, is_test
 
 from .optimizer import load_checkpoint, save_checkpoint
 from .training import progress_bar
+from .vit import DEPTH, HEADS, IMAGE_SIZE, PATCH, WIDTH, load_vit
 from .vit_tasks import ViTBatch, ViTTask
 from .vit_training import Pace, Run
 
 DRAWN = 64
 """Side at which objects are drawn, the smallest that the world draws; averaged down to smaller pictures."""
+SEEING: Mapping[str, Any] = dict(
+    vision="vit_tiny_patch16_224",
+    vision_arguments=dict(img_size=IMAGE_SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS),
+)
+"""Hyper-parameters of a tokenizer that reads vistok-vit."""
 _STREAM = 0x70C7
 MODEL_CARD = """\
 ---
@@ -95,6 +102,8 @@ class TokenizerRecipe:
     seed: int = 0
     held_out: int = 512
     """Test pictures that the model card's figures are of."""
+    given: Callable[[], dict[str, Any]] = dict
+    """-> what ``build`` of the system is given: frozen networks."""
 
     @property
     def steps(self) -> int:
@@ -102,8 +111,13 @@ class TokenizerRecipe:
 
     def build(self) -> Tokenizer:
         """The tokenizer that training begins with."""
-        made: Tokenizer = create(self.system, **self.hyper).build()
+        made: Tokenizer = create(self.system, **self.hyper).build(**self.given())
         return made
+
+
+def sight(prefix: bool = False) -> FrozenVision:
+    """vistok-vit, frozen: what a recipe gives as encoder or teacher."""
+    return FrozenVision(load_vit("vistok-vit", device="cpu"), prefix)
 
 
 def train_tokenizer(
