@@ -113,7 +113,7 @@ def test_beginnings(name):
 @every
 def test_training_teaches_all_of_it(name):
     model = built(name).train()
-    model.objective(pictures(4)).backward()
+    model.objective(pictures(4, seed=9)).backward()  # not the batch that filled the table: its codes are exact
     learned = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {key for key, p in model.named_parameters() if p.requires_grad} - learned == set()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
