@@ -234,18 +234,19 @@ class GigaTok:
         return GigaTokNetwork(self, teacher)
 
 
-def claim(trial: TokenizeTrial, steps: int = 80) -> Outcome:
+def claim(trial: TokenizeTrial, steps: int = 120) -> Outcome:
     """Nats that a held-out picture's 32 codes cost a small model, of a tokenizer without and with a teacher.
 
-    The teacher is the zoo's vision transformer; all networks are trained for ``steps`` steps. Holds if
-    the aligned codes cost 2% less and the picture is at most 0.2 dB worse.
+    The teacher is the zoo's vision transformer; all networks are trained for ``steps`` steps, the convolutions along
+    the direct path too: without it neither tokenizer learned more than a mean colour in so few. Holds if the aligned
+    codes cost 2% less and the picture is at most 0.2 dB worse.
     """
-    recipe = GigaTok("T", "T", 32, trial.size, 20, (1, 1, 2), 32, 256, align=96, direct_until=0, restart_after=20)
+    recipe = GigaTok("T", "T", 32, trial.size, 20, (1, 1, 2), 32, 256, align=96, restart_after=20)
     vision, found, told = trial.vision(), [], []
     for teacher in (None, vision):
         torch.manual_seed(trial.seed)
         model = recipe.build(teacher)
-        trial.fit(model, steps, batch_size=16)
+        trial.fit(model, steps, batch_size=16, peak_lr=1e-3)
         model.eval()
         torch.manual_seed(trial.seed)
         reader = CausalModel(recipe.codes, model.tokens)
