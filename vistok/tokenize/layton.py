@@ -197,7 +197,7 @@ def claim(trial: TokenizeTrial, steps: int = 100) -> Outcome:
     """Mean colour's error on pictures of one colour, after the first stage alone and with the second.
 
     ``steps`` steps of the first stage, then as many of the first again, or of the second. The first decodes in 10
-    steps, the second in 1. Holds if the error is lower after the second stage.
+    steps, the second in 1. Holds if the error is 5% lower after the second stage.
     """
     side = trial.size
     torch.manual_seed(trial.seed)
@@ -213,4 +213,4 @@ def claim(trial: TokenizeTrial, steps: int = 100) -> Outcome:
         found.append(colour_error(model, trial.seed))
         quality.append(trial.psnr(model))
     told = f"PSNR {quality[0]:.2f} and {quality[1]:.2f} dB"
-    return Outcome("error of the mean colour", found[0], found[1], found[1] < found[0], told)
+    return Outcome("error of the mean colour", found[0], found[1], found[1] <= 0.95 * found[0], told)
