@@ -261,13 +261,13 @@ class IBQuantizer(VectorQuantizer):
     """IBQ (Shi et al., arXiv 2412.02692): the largest product wins, and the gradient passes the softmax to all codes.
 
     Not the nearest code: long ones win. ``both`` times the mean square of (result - vector) is a third loss, to both.
-    Of the other two the authors weight the codebook's down, not the commitment.
+    Of the other two the authors weight the codebook's down, not the commitment. No restart by default: a code put back
+    at a vector of the batch loses to longer ones at once, and the gradient moves unused codes anyway.
     """
 
-    def __init__(self, size: int, dim: int, *, both: float = 1.0, **how: Any) -> None:
-        super().__init__(
-            size, dim, **{"metric": "dot", "gradient": "index", "codebook": 0.25, "commitment": 1.0, **how}
-        )
+    def __init__(self, size: int, dim: int, *, both: float = 1.0, restart_after: int | None = None, **how: Any) -> None:
+        told = {"metric": "dot", "gradient": "index", "codebook": 0.25, "commitment": 1.0, **how}
+        super().__init__(size, dim, restart_after=restart_after, **told)
         self.both = both
 
     def losses_of(self, x: Tensor, out: Tensor, table: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
