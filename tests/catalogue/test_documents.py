@@ -82,10 +82,19 @@ def test_example_of_contributing_is_a_system(tmp_path, monkeypatch):
 
 def test_example_of_the_readme_is_ten_lines_of_python():
     blocks = python_blocks("README.md")
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for text in blocks:
         compile(text, "README.md", "exec")
         assert len(text.strip().splitlines()) <= 11
+
+
+def test_examples_of_the_readme_with_a_tokenizer_and_with_attention_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for text in python_blocks("README.md")[2:]:
+        exec(compile(text, "README.md", "exec"), names)
+    assert names["codes"].ids.shape == (4, 64) and names["out"].shape == (1, 8, 1024, 64)
+    assert (tmp_path / "my-tokenizer" / "model.safetensors").is_file()
 
 
 def test_example_of_the_readme_with_a_vision_transformer_runs(monkeypatch, capsys):
