@@ -34,9 +34,9 @@ def _factors(codes: int) -> tuple[int, int]:
 
 
 TITLE = "Collapse: how much of a codebook is used"
-SIZES = (512, 1024, 2048, 4096)
+SIZES = (512, 4096)
 DIM = 8
-FSQ_LEVELS = {512: (8, 8, 8), 1024: (8, 5, 5, 5), 2048: (8, 8, 6, 5), 4096: (7, 5, 5, 5, 5)}
+FSQ_LEVELS = {512: (8, 8, 8), 4096: (7, 5, 5, 5, 5)}
 BOTTLENECKS: dict[str, Callable[[int], Bottleneck]] = {
     "VQ": lambda k: VectorQuantizer(k, DIM, restart_after=None),
     "VQ, unit length": lambda k: VectorQuantizer(k, DIM, norm="both", restart_after=None),

@@ -26,17 +26,12 @@ from vistok.world.real import crop, is_test
 
 from .optimizer import load_checkpoint, save_checkpoint
 from .training import progress_bar
-from .vit import DEPTH, HEADS, IMAGE_SIZE, PATCH, WIDTH, load_vit
+from .vit import load_vit
 from .vit_tasks import ViTBatch, ViTTask
 from .vit_training import Pace, Run
 
 DRAWN = 64
 """Side at which objects are drawn, the smallest that the world draws; averaged down to smaller pictures."""
-SEEING: Mapping[str, Any] = dict(
-    vision="vit_tiny_patch16_224",
-    vision_arguments=dict(img_size=IMAGE_SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS),
-)
-"""Hyper-parameters of a tokenizer that reads vistok-vit."""
 _STREAM = 0x70C7
 MODEL_CARD = """\
 ---
