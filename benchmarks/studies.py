@@ -91,8 +91,8 @@ class Studies:
                 continue
             found[name] = done
             given.out.mkdir(parents=True, exist_ok=True)
-            _write(data, json.dumps(found, indent=1) + "\n")
-            _write(given.out / self.page, self.markdown(found, given.pictures))
+            write(data, json.dumps(found, indent=1) + "\n")
+            write(given.out / self.page, self.markdown(found, given.pictures))
 
 
 def _shown(key: str, value: Any) -> str:
@@ -106,7 +106,8 @@ def _shown(key: str, value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine_line
+from benchmarks.studies import write
 from vistok import catalogue
 
 PAGE = "tries.md"
@@ -81,13 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
         write(data, json.dumps(dict(sorted((rows | {slug: row}).items())), indent=1) + "\n")
     write(given.out / PAGE, markdown(json.loads(data.read_text(encoding="utf-8"))))
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from vistok.core.flow import FLEXTOK, NOISE_FIRST, Velocity
-from vistok.parts.flow_decoder import (
-    Alignment,
-    FlowDecoder,
-    FlowHead,
-    KindBlock,
-    fat_logit_normal,
-    flow_loss,
-    published_head,
-    resized,
-)
+from vistok.parts.flow_decoder import Alignment, FlowDecoder, KindBlock, fat_logit_normal, flow_loss, resized
+from vistok.parts.flow_head import FlowHead, published_head
 
 
 @pytest.fixture(autouse=True)

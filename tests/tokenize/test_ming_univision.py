@@ -12,7 +12,7 @@ from tests.tokenize.test_flextok import teacher
 from vistok.bench.tokenize_trial import TokenizeTrial
 from vistok.core.flow import MING
 from vistok.parts.diffusion_transformer import unpatch
-from vistok.parts.flow_decoder import LatentHead
+from vistok.parts.flow_head import LatentHead
 from vistok.parts.tokenizer import load_tokenizer
 from vistok.tokenize.ming_univision import MingUniVision, claim, generate
 

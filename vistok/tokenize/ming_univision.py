@@ -26,7 +26,8 @@ from vistok.catalogue.card import Card, Outcome, TokenizeTrial
 from vistok.core.codes import Codes
 from vistok.core.losses import pixel
 from vistok.parts.diffusion_transformer import grid_sinusoids
-from vistok.parts.flow_decoder import Alignment, LatentHead, checked_teacher
+from vistok.parts.flow_decoder import Alignment, checked_teacher
+from vistok.parts.flow_head import LatentHead
 from vistok.parts.quantize import Identity
 from vistok.parts.tokenizer import Tokenizer
 from vistok.parts.vision import FrozenVision

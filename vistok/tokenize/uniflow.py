@@ -31,7 +31,8 @@ from vistok.catalogue.card import Card, Outcome, TokenizeTrial
 from vistok.core.flow import NOISE_FIRST, cfg, power_schedule
 from vistok.core.losses import distillation
 from vistok.parts.diffusion_transformer import grid_sinusoids
-from vistok.parts.flow_decoder import FlowHead, FlowTokenizer, fat_logit_normal, flow_loss, resized
+from vistok.parts.flow_decoder import FlowTokenizer, fat_logit_normal, flow_loss, resized
+from vistok.parts.flow_head import FlowHead
 from vistok.parts.quantize import Identity
 
 CARD = Card(

@@ -2,7 +2,7 @@
 
 import torch
 
-from vistok.parts.flow_decoder import LatentHead, published_head
+from vistok.parts.flow_head import LatentHead, published_head
 
 
 def run(case):
